@@ -1,0 +1,163 @@
+"""
+`data/NAME/` on disk -> checked, memory-mapped, and read in batches that are a pure function of (data, seed, index).
+
+The folder, as prepare_pile.py writes it: flat little-endian uint16 or uint32 token files and `meta.json`,
+
+    {"tokenizer": "gpt2", "vocab_size": 50257, "eot": 50256, "dtype": "uint16", "source": "...", "checksum": "crc32",
+     "splits": {"train": {"tokens": 9, "documents": 1, "files": [{"name": "train.bin", "tokens": 9, "crc32": "0a1b2c3d"}]},
+                "val": {...}, "test": {...}}}
+
+Training draws sequence number 0, 1, 2, ... of an endless stream: each epoch is a permutation of the windows
+[i * block_size, (i + 1) * block_size] of every file, computed, not stored, so it costs nothing whatever the corpus, and
+resuming, other world sizes and evaluation need no generator state.
+"""
+import json
+import os
+import zlib
+
+import numpy as np
+
+IGNORE = -1  # target of a padded position
+
+
+class TokenSplit:
+    """One split (train, val, test) of a data folder, memory-mapped.
+
+    n_tokens: tokens in it; n_windows: full windows of block_size + 1 tokens; n_rows: n_windows and the shorter tails of files.
+    Raises ValueError naming file and fix where the folder is absent, truncated or not what its meta.json says.
+    """
+
+    def __init__(self, folder, split, block_size):
+        self.folder, self.block_size = folder, block_size
+        self.meta = read_meta(folder)
+        dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[self.meta["dtype"]])
+        self.n_tokens, self.n_windows = 0, 0
+        self.files, self.firsts, self.tails = [], [], []  # token arrays as windows (n, block_size + 1), their first window's number
+        for file in self.meta["splits"].get(split, {}).get("files", []):
+            tokens = open_tokens(os.path.join(folder, file["name"]), file["tokens"], dtype)
+            self.n_tokens += len(tokens)
+            n = max(0, (len(tokens) - 1) // block_size)
+            if n:
+                step = dtype.itemsize
+                self.files.append(np.lib.stride_tricks.as_strided(tokens, (n, block_size + 1), (block_size * step, step), writeable=False))
+                self.firsts.append(self.n_windows)
+                self.n_windows += n
+            if len(tokens) - n * block_size > 1:
+                self.tails.append(tokens[n * block_size:])
+        self.n_rows = self.n_windows + len(self.tails)
+        if not self.n_rows:
+            raise ValueError(f"{folder}: the {split} split holds {self.n_tokens} tokens, too few to predict any; prepare more text")
+        if split == "train" and not self.n_windows:
+            raise ValueError(f"{folder}: no file of the train split holds block_size + 1 = {block_size + 1} tokens; lower --block_size")
+
+    def windows(self, index):
+        """Windows number index (an int array in [0, n_windows)) as int64 (len(index), block_size + 1), by one gather per file."""
+        if len(self.files) == 1:
+            out = self.files[0][index].astype(np.int64)
+        else:
+            out = np.empty((len(index), self.block_size + 1), dtype=np.int64)
+            owner = np.searchsorted(self.firsts, index, side="right") - 1
+            for f in np.unique(owner):
+                out[owner == f] = self.files[f][index[owner == f] - self.firsts[f]]
+        if out.max(initial=0) >= self.meta["vocab_size"]:
+            raise ValueError(f"{self.folder}: token id {out.max()} is not in the vocabulary of {self.meta['vocab_size']} "
+                             "that its meta.json states: the data is damaged, prepare it again")
+        return out
+
+    def sample(self, seed, start, count):
+        """Sequences number start ... start + count - 1 of the training stream of `seed`: inputs and targets (count, block_size)."""
+        window = self.windows(shuffled(self.n_windows, seed, start, count))
+        return window[:, :-1], window[:, 1:]
+
+    def rows(self, start, stop):
+        """Rows start ... stop - 1 in file order for evaluation, tails padded with targets of -1: each token is predicted once."""
+        full = np.arange(start, min(stop, self.n_windows))
+        x = np.zeros((stop - start, self.block_size), dtype=np.int64)
+        y = np.full_like(x, IGNORE)
+        if len(full):
+            window = self.windows(full)
+            x[:len(full)], y[:len(full)] = window[:, :-1], window[:, 1:]
+        for i in range(max(start, self.n_windows), stop):
+            tail = self.tails[i - self.n_windows].astype(np.int64)
+            x[i - start, :len(tail) - 1], y[i - start, :len(tail) - 1] = tail[:-1], tail[1:]
+        return x, y
+
+
+def read_meta(folder):
+    """meta.json of a data folder, checked. Raises ValueError that names the command which makes the folder."""
+    path = os.path.join(folder, "meta.json")
+    make = f"make it with: python prepare_pile.py --dataset={os.path.basename(os.path.normpath(folder))}"
+    if not os.path.exists(path):
+        raise ValueError(f"{folder} is not a prepared data set ({path} is missing); {make}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            meta = json.load(file)
+        for split in meta["splits"].values():
+            for file in split["files"]:
+                if os.path.basename(file["name"]) != file["name"] or type(file["tokens"]) is not int or file["tokens"] < 0:
+                    raise ValueError(f"bad file entry {str(file)[:80]}")
+        if meta["dtype"] not in ("uint16", "uint32") or type(meta["vocab_size"]) is not int or meta["vocab_size"] < 1:
+            raise ValueError("dtype is uint16 or uint32, vocab_size a positive int")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} is not what prepare_pile.py writes ({type(error).__name__}: {error}); {make}") from None
+    return meta
+
+
+def open_tokens(path, n_tokens, dtype):
+    """A token file as a read-only memory map, its size checked against meta.json."""
+    size = os.path.getsize(path) if os.path.exists(path) else -1
+    if size != n_tokens * dtype.itemsize:
+        state = "is missing" if size < 0 else f"holds {size} bytes where meta.json says {n_tokens * dtype.itemsize}"
+        raise ValueError(f"{path} {state}: copy it again, or run prepare_pile.py for this data set again")
+    return np.memmap(path, dtype=dtype, mode="r", shape=(n_tokens,)) if n_tokens else np.empty(0, dtype)
+
+
+def crc32(path, chunk=1 << 24):
+    """crc32 of a file as 8 hex digits, what meta.json states for it."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(chunk):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+# ------------------------------------------------------------------------------------------------------------- shuffling
+
+def shuffled(n, seed, start, count):
+    """Items number start ... start + count - 1 of an endless stream over range(n), every epoch a fresh permutation. int64 (count,)."""
+    position = np.arange(start, start + count, dtype=np.int64)
+    epoch, position = position // n, position % n
+    out = np.empty_like(position)
+    for e in np.unique(epoch):
+        out[epoch == e] = permute(position[epoch == e], n, hash64(hash64(seed) + int(e)))
+    return out
+
+
+def permute(i, n, key):
+    """Where a pseudo-random permutation of range(n), chosen by `key`, sends i (an int array). O(1) memory.
+
+    A Feistel network on the next even number of bits, walked along its cycles until the value is below n (Black & Rogaway 2002).
+    """
+    half = (max(n - 1, 1).bit_length() + 1) // 2
+    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    out = np.asarray(i, dtype=np.uint64).copy()
+    todo = np.arange(len(out))
+    while len(todo):
+        left, right = out[todo] >> shift, out[todo] & mask
+        for r in range(6):
+            left, right = right, left ^ (mix64(right + np.uint64(hash64(key + r))) & mask)
+        out[todo] = left << shift | right
+        todo = todo[out[todo] >= n]
+    return out.astype(np.int64)
+
+
+def mix64(x):
+    """splitmix64's finaliser on a uint64 array (Steele et al. 2014); sums and products wrap."""
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+def hash64(number):
+    """A Python int below 2**64 that depends on every bit of `number`."""
+    return int(mix64(np.array([(number + 0x9E3779B97F4A7C15) & (2**64 - 1)], dtype=np.uint64))[0])

@@ -1,0 +1,224 @@
+"""
+Plumbing that only a bug fix would ever change: processes, devices, files, logs, signals. No settings, nothing at import.
+"""
+import contextlib
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+# ------------------------------------------------------------------------------------------------ processes and devices
+
+class World(NamedTuple):
+    """Where this process stands: `rank` of `size` processes in all, and its torch.device."""
+    rank: int
+    size: int
+    device: torch.device
+
+
+def init_dist(device="auto"):
+    """Joins torchrun's process group where there is one (nccl on CUDA, gloo elsewhere) and picks the device. Returns a World.
+
+    device: auto, cpu, cuda, cuda:1, mps ... Raises ValueError for one that is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(device.type, True)
+    except RuntimeError:
+        there = False
+    if not there:
+        raise ValueError(f"--device={device} is not on this machine (torch {torch.__version__}); try --device=cpu")
+    if "RANK" not in os.environ:  # no torchrun
+        return World(0, 1, device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"local process {device.index} has no GPU: {torch.cuda.device_count()} here; lower --nproc_per_node")
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo: flags that must not touch the GPU
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def pick_dtype(dtype, device):
+    """The torch dtype of autocast for --dtype=auto|float32|bfloat16|float16: auto is bf16 on a GPU that has it, else float32."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if dtype not in names:
+        raise ValueError(f"--dtype={dtype}: expects auto, {', '.join(names)}")
+    if dtype == "float16" and device.type != "cuda":
+        raise ValueError("--dtype=float16 needs a GPU (its gradients are scaled there); use float32 or bfloat16")
+    return names[dtype]
+
+
+def print0(*args, **kwargs):
+    """Prints on the first process alone, at once."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*args, **kwargs, flush=True)
+
+
+@contextlib.contextmanager
+def input_errors(script):
+    """What fails inside is the user's input: one line on stderr and exit status 2 instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{script}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def all_sum(world, *numbers):
+    """The sums of these numbers over all processes, as floats, in float64 (float32 on MPS)."""
+    if world.size == 1:
+        return [float(x) for x in numbers]
+    total = torch.tensor([float(x) for x in numbers], dtype=torch.float64)
+    dist.all_reduce(total)  # on the CPU, through gloo
+    return total.tolist()
+
+
+def synchronize(device):
+    """Waits for the device, so that a clock read next tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_flops(device, dtype):
+    """FLOP/s to hold a step against, and where the figure is from: NVIDIA's dense peak where known, else a GEMM timed here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    dense_16bit = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A6000": 155e12,
+                   "L40S": 362e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}
+    for chip, peak in dense_16bit.items():
+        if device.type == "cuda" and dtype != torch.float32 and chip in name:
+            return peak, f"{name} data sheet, 16 bit dense"
+    n = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best, f"{n} x {n} GEMM measured here"
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+def write_atomic(path, write):
+    """Calls write(file) on a temporary file beside `path`, fsyncs and renames it: a kill leaves the old file or the new, whole."""
+    path = os.fspath(path)
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # and the rename itself
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def save(path, checkpoint):
+    """Writes a checkpoint of tensors, numbers, strings and plain containers."""
+    write_atomic(path, lambda file: torch.save(checkpoint, file))
+
+
+def save_json(path, obj):
+    write_atomic(path, lambda file: file.write((json.dumps(obj, indent=2) + "\n").encode()))
+
+
+def load(path, device="cpu"):
+    """A checkpoint from disk; code hidden in it is refused, never run. Raises ValueError naming the file and what is wrong."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # torch raises a dozen kinds for truncated, foreign and malicious files
+        raise ValueError(f"{path}: not a checkpoint of plain tensors ({str(error).splitlines()[0][:150]})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------- logs, signals
+
+class RunLog:
+    """`out_dir/log.jsonl`, one object a line, and wandb where asked for. Only the first process has one that writes."""
+
+    def __init__(self, out_dir, keep_bytes, settings, wandb_project="", wandb_name="", wandb_id="", source=()):
+        """keep_bytes: the log's size when the checkpoint that is resumed was written; what came after it is redone, so cut.
+        wandb_project: empty for no wandb; wandb_id: of the run to continue; source: files logged with the run."""
+        self.path = os.path.join(out_dir, "log.jsonl")
+        self.wandb, self.wandb_id = None, ""
+        with open(self.path, "ab") as file:
+            file.truncate(min(keep_bytes, file.tell()))
+        if wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("--wandb_log needs wandb: pip install wandb") from None
+            self.wandb = wandb.init(project=wandb_project, name=wandb_name, config=settings, dir=out_dir,
+                                    id=wandb_id or None, resume="allow" if wandb_id else None)
+            self.wandb_id = self.wandb.id
+            code = wandb.Artifact(f"source-{self.wandb_id}", type="code")
+            for path in source:
+                code.add_file(path)
+            self.wandb.log_artifact(code)
+
+    def size(self):
+        return os.path.getsize(self.path)
+
+    def __call__(self, step, **values):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.wandb:
+            self.wandb.log({"step": step, **values})
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT; a second one ends the process at once. `signal` is the number of the first, 0 before."""
+
+    def __init__(self):
+        self.signal, self.time = 0, 0.0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        echo = "RANK" in os.environ and time.monotonic() - self.time < 2  # torchrun hands on a Ctrl-C that we got already
+        if self.signal and not echo:
+            os._exit(128 + number)
+        if not self.signal:
+            self.signal, self.time = number, time.monotonic()
+
+    def anywhere(self, world):
+        """The signal that any process got, 0 for none, the same answer on all of them."""
+        if world.size == 1:
+            return self.signal
+        flag = torch.tensor(self.signal)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)  # on the CPU, through gloo: no wait for the GPU
+        return int(flag)
+
+
+def time_left(seconds):
+    """1h02m, 3m20s, 15s."""
+    seconds = int(seconds)
+    h, m, s = seconds // 3600, seconds // 60 % 60, seconds % 60
+    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
