@@ -140,12 +140,13 @@ def permute(i, n, key):
     """
     half = (max(n - 1, 1).bit_length() + 1) // 2
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    keys = mix64(np.arange(6, dtype=np.uint64) + np.uint64(key & (2**64 - 1)))
     out = np.asarray(i, dtype=np.uint64).copy()
     todo = np.arange(len(out))
     while len(todo):
         left, right = out[todo] >> shift, out[todo] & mask
-        for r in range(6):
-            left, right = right, left ^ (mix64(right + np.uint64(hash64(key + r))) & mask)
+        for k in keys:
+            left, right = right, left ^ (mix64(right + k) & mask)
         out[todo] = left << shift | right
         todo = todo[out[todo] >= n]
     return out.astype(np.int64)
