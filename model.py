@@ -1,0 +1,227 @@
+"""
+The models people hack: a pre-LN GPT-2 under nanoGPT's parameter names, its initialisation, and its weight-decay groups.
+
+    model = GPT(vocab_size=50304, block_size=756, n_layer=12, n_head=12, n_embd=768)
+    init_weights(model, seed=1337)
+    logits, _ = model(idx)           # idx (B, T) int64 -> (B, T, vocab_size)
+    _, loss = model(idx, targets)    # mean cross-entropy in nats over targets that are not -1
+    model = load_gpt(checkpoint)     # our ckpt.pt or nanoGPT's: {"model_args": ..., "model": ...}
+"""
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# ------------------------------------------------------------------------------------------------------- transformer
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, T, n_embd) -> (B, T, n_embd).
+
+    Head h of width r = n_embd / n_head owns rows h*r:(h+1)*r of each third of c_attn.weight (W_Q, W_K, W_V)
+    and columns h*r:(h+1)*r of c_proj.weight (P).
+    """
+
+    def __init__(self, n_embd, n_head, bias, dropout, causal):
+        super().__init__()
+        self.n_head, self.dropout, self.causal = n_head, dropout, causal
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
+        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
+        self.resid_dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))  # (B, H, T, r)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=self.dropout if self.training else 0.0)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    """(B, T, n_embd) -> (B, T, n_embd), four times as wide inside."""
+
+    def __init__(self, n_embd, bias, dropout):
+        super().__init__()
+        self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
+        self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, n_embd, n_head, bias, dropout, causal):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(n_embd, bias=bias)
+        self.attn = Attention(n_embd, n_head, bias, dropout, causal)
+        self.ln_2 = nn.LayerNorm(n_embd, bias=bias)
+        self.mlp = MLP(n_embd, bias, dropout)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A causal language model; the arguments are nanoGPT's model_args, kept as `self.args`. tied: head and embedding share weights."""
+
+    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, dropout=0.0, bias=True, tied=True):
+        super().__init__()
+        if n_embd % n_head or min(vocab_size, block_size, n_layer, n_head, n_embd) < 1:
+            raise ValueError(f"n_embd={n_embd} must be a positive multiple of n_head={n_head}, and vocab_size={vocab_size}, "
+                             f"block_size={block_size}, n_layer={n_layer} at least 1")
+        self.args = dict(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                         dropout=dropout, bias=bias)
+        if not tied:
+            self.args["tied"] = False  # what nanoGPT does not know stands there only where it matters
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(vocab_size, n_embd),
+            wpe=nn.Embedding(block_size, n_embd),
+            drop=nn.Dropout(dropout),
+            h=nn.ModuleList([Block(n_embd, n_head, bias, dropout, causal=True) for _ in range(n_layer)]),
+            ln_f=nn.LayerNorm(n_embd, bias=bias),
+        ))
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        if tied:
+            self.transformer.wte.weight = self.lm_head.weight
+
+    def hidden(self, idx):
+        """What the head reads: idx (B, T) int64 -> (B, T, n_embd)."""
+        if idx.shape[1] > self.args["block_size"]:
+            raise ValueError(f"sequence of {idx.shape[1]} tokens, block_size is {self.args['block_size']}")
+        t = self.transformer
+        x = t.drop(t.wte(idx) + t.wpe(torch.arange(idx.shape[1], device=idx.device)))
+        for block in t.h:
+            x = block(x)
+        return t.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """(logits (B, T, vocab_size), None) without targets; (None, mean loss over targets >= 0) with them."""
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x), None
+        return None, head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    def flops_per_token(self):
+        """Model FLOPs of one training token, forward and backward: 6 N + 12 n_layer n_embd T at full context T = block_size.
+
+        N: parameters of the matrices it is multiplied with (blocks and head; embedding look-ups and the norms' few are left out).
+        The second term is q k^T and its product with v, the causal half counted too (as PaLM's appendix B and nanoGPT do).
+        """
+        a = self.args
+        N = sum(p.numel() for p in self.transformer.h.parameters() if p.ndim == 2) + self.lm_head.weight.numel()
+        return 6 * N + 12 * a["n_layer"] * a["n_embd"] * a["block_size"]
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, n_tokens=None, generator=None):
+        """Continues idx (B, T) by max_new_tokens sampled tokens -> (B, T + max_new_tokens).
+
+        temperature 0 takes the likeliest; top_k > 0 samples among that many; n_tokens: ids from there on (vocabulary padding) are barred.
+        """
+        for _ in range(max_new_tokens):
+            x = self.hidden(idx[:, -self.args["block_size"]:])
+            logits = self.lm_head(x[:, -1])[:, :n_tokens].float()  # (B, n_tokens)
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k:
+                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            idx = torch.cat([idx, token], dim=1)
+        return idx
+
+
+def head_loss(x, weight, targets):
+    """Mean cross-entropy of the logits x weight^T, (N, d) x (V, d), against targets (N,), those of -1 left out.
+
+    Eagerly in chunks of rows where torch has it (>= 2.13): the (N, V) logits never exist at once. Measured in RESULTS.md,
+    "Head and loss". torch.compile would break its graph there, so a compiled model takes the plain way.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)  # the chunked op is not on autocast's list
+    chunked = hasattr(F, "linear_cross_entropy") and not torch.compiler.is_compiling() and weight.shape[0] > weight.shape[1] <= x.shape[0]
+    if chunked:
+        return F.linear_cross_entropy(x, weight, targets, ignore_index=-1, options=nn.LinearCrossEntropyOptions())
+    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
+
+
+def init_weights(model, seed):
+    """GPT-2's initialisation, in place, the same on any device: matrices N(0, 0.02), those that write to the residual stream
+    N(0, 0.02 / sqrt(2 n_layer)), biases 0, norms 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.ndim < 2:
+            p.data.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            std = 0.02 / math.sqrt(2 * model.args["n_layer"]) if name.endswith("c_proj.weight") else 0.02
+            p.data.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+
+
+def load_gpt(checkpoint):
+    """The GPT of a checkpoint dict, ours or nanoGPT's. Raises ValueError where parts are missing or shapes do not fit."""
+    try:
+        model = GPT(**checkpoint["model_args"])
+        state = {name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod."): p
+                 for name, p in checkpoint["model"].items()}
+        model.load_state_dict({name: p for name, p in state.items() if not name.endswith(".attn.bias")})  # old nanoGPT's mask
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"not a GPT checkpoint of ours or nanoGPT's ({type(error).__name__}: {reason})") from None
+    return model
+
+# ------------------------------------------------------------------------------------------- weight decay and optimizers
+
+GROUP_OF = {"attn": (".attn.c_attn.weight", ".attn.c_proj.weight"),
+            "mlp": (".mlp.c_fc.weight", ".mlp.c_proj.weight"),
+            "embed": ("wte.weight", "wpe.weight", "lm_head.weight")}
+
+
+def decay_groups(model, attn_wd, mlp_wd, embed_wd):
+    """The parameters in four groups, [{"name", "params", "weight_decay"}]: attn, mlp, embed, and none for norms and biases.
+
+    Every parameter is in exactly one; tied weights count once. Raises ValueError for a matrix that GROUP_OF does not place.
+    """
+    groups = {"attn": [], "mlp": [], "embed": [], "none": []}
+    for name, p in model.named_parameters():
+        homes = ["none"] if p.ndim < 2 else [group for group, ends in GROUP_OF.items() if name.endswith(ends)]
+        if len(homes) != 1:
+            raise ValueError(f"parameter {name} belongs to {len(homes)} weight-decay groups: give it one in model.GROUP_OF")
+        groups[homes[0]].append(p)
+    placed = [id(p) for params in groups.values() for p in params]
+    assert sorted(placed) == sorted({id(p) for p in model.parameters()}), "weight-decay groups must partition the parameters"
+    wd = {"attn": attn_wd, "mlp": mlp_wd, "embed": embed_wd, "none": 0.0}
+    return [{"name": name, "params": params, "weight_decay": wd[name]} for name, params in groups.items() if params]
+
+
+class DecoupledSGD(torch.optim.SGD):
+    """SGD with AdamW's decay: p *= 1 - lr * weight_decay before the step, instead of an L2 term in the gradient."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        decay = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
+            group["weight_decay"] = 0.0
+        try:
+            return super().step(closure)
+        finally:
+            for group, wd in zip(self.param_groups, decay):
+                group["weight_decay"] = wd
+
+
+def make_optimizers(groups, name, lr, beta1, beta2, eps, momentum, device_type):
+    """[torch optimizers] over decay groups. name: adamw, adam (L2 in the gradient, as P1 compares), sgd, or muon
+    (the blocks' matrices, the update scaled to AdamW's RMS so that lr means the same; adamw for the rest)."""
+    adam = dict(lr=lr, betas=(beta1, beta2), eps=eps, fused=device_type in ("cuda", "cpu") or None)
+    if name == "adamw":
+        return [torch.optim.AdamW(groups, **adam)]
+    if name == "adam":
+        return [torch.optim.Adam(groups, **adam)]
+    if name == "sgd":
+        return [DecoupledSGD(groups, lr=lr, momentum=momentum)]
+    if name == "muon":
+        matrices, rest = [g for g in groups if g["name"] in ("attn", "mlp")], [g for g in groups if g["name"] in ("embed", "none")]
+        return [torch.optim.Muon(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(rest, **adam)]
+    raise ValueError(f"--optimizer={name}: expects adamw, adam, sgd or muon")
