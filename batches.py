@@ -14,8 +14,10 @@ resuming, other world sizes and evaluation need no generator state.
 import json
 import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 IGNORE = -1  # target of a padded position
 
@@ -69,18 +71,27 @@ class TokenSplit:
         window = self.windows(shuffled(self.n_windows, seed, start, count))
         return window[:, :-1], window[:, 1:]
 
-    def rows(self, start, stop):
-        """Rows start ... stop - 1 in file order for evaluation, tails padded with targets of -1: each token is predicted once."""
-        full = np.arange(start, min(stop, self.n_windows))
-        x = np.zeros((stop - start, self.block_size), dtype=np.int64)
+    def rows(self, index):
+        """Rows number index (ints in [0, n_rows), file by file, then tails) as inputs and targets (len(index), block_size).
+
+        Read all rows once and every token but each file's first is predicted once. Tails are padded, and an index of -1
+        is a row of padding: their targets are IGNORE.
+        """
+        x = np.zeros((len(index), self.block_size), dtype=np.int64)
         y = np.full_like(x, IGNORE)
-        if len(full):
-            window = self.windows(full)
-            x[:len(full)], y[:len(full)] = window[:, :-1], window[:, 1:]
-        for i in range(max(start, self.n_windows), stop):
-            tail = self.tails[i - self.n_windows].astype(np.int64)
-            x[i - start, :len(tail) - 1], y[i - start, :len(tail) - 1] = tail[:-1], tail[1:]
+        full = (index >= 0) & (index < self.n_windows)
+        if full.any():
+            window = self.windows(index[full])
+            x[full], y[full] = window[:, :-1], window[:, 1:]
+        for i in np.flatnonzero(index >= self.n_windows):
+            tail = self.tails[index[i] - self.n_windows].astype(np.int64)
+            x[i, :len(tail) - 1], y[i, :len(tail) - 1] = tail[:-1], tail[1:]
         return x, y
+
+    def fingerprint(self):
+        """What tells one prepared data set from another: its tokenizer and the checksum of its files' checksums."""
+        files = [(split, f["name"], f["tokens"], f.get("crc32")) for split, entry in sorted(self.meta["splits"].items()) for f in entry["files"]]
+        return f"{self.meta['tokenizer']} {zlib.crc32(json.dumps(files).encode()):08x}"
 
 
 def read_meta(folder):
@@ -120,6 +131,25 @@ def crc32(path, chunk=1 << 24):
             value = zlib.crc32(block, value)
     return f"{value:08x}"
 
+
+def prefetch(make, keys, device):
+    """Yields make(key), a tuple of numpy arrays, as tensors on `device` for each key; on CUDA pinned and copied one ahead."""
+    if device.type != "cuda":
+        for key in keys:
+            yield tuple(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in make(key))
+        return
+
+    def load(key):
+        return tuple(torch.from_numpy(np.ascontiguousarray(array)).pin_memory().to(device, non_blocking=True) for array in make(key))
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = None
+        for key in keys:
+            ready, ahead = ahead, thread.submit(load, key)
+            if ready:
+                yield ready.result()
+        if ahead:
+            yield ahead.result()
 
 # ------------------------------------------------------------------------------------------------------------- shuffling
 

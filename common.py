@@ -9,6 +9,7 @@ import platform
 import signal
 import sys
 import time
+import zipfile
 from typing import NamedTuple
 
 import torch
@@ -67,12 +68,15 @@ def print0(*args, **kwargs):
 
 
 @contextlib.contextmanager
-def input_errors(script):
-    """What fails inside is the user's input: one line on stderr and exit status 2 instead of a traceback."""
+def input_errors(script, every_process=False):
+    """What fails inside is the user's input: one line on stderr and exit status 2 instead of a traceback.
+
+    every_process: for what can fail on one process alone; else the first speaks for all.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if every_process or int(os.environ.get("RANK", 0)) == 0:
             print(f"{script}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
@@ -144,10 +148,13 @@ def save_json(path, obj):
     write_atomic(path, lambda file: file.write((json.dumps(obj, indent=2) + "\n").encode()))
 
 
-def load(path, device="cpu"):
-    """A checkpoint from disk; code hidden in it is refused, never run. Raises ValueError naming the file and what is wrong."""
+def load(path, device="cpu", mmap=False):
+    """A checkpoint from disk; code hidden in it is refused, never run. Raises ValueError naming the file and what is wrong.
+
+    mmap: leave the tensors on disk until they are used (where the format allows; those of torch before 1.6 do not).
+    """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # torch raises a dozen kinds for truncated, foreign and malicious files

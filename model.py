@@ -102,15 +102,15 @@ class GPT(nn.Module):
             return self.lm_head(x), None
         return None, head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
-    def flops_per_token(self):
-        """Model FLOPs of one training token, forward and backward: 6 N + 12 n_layer n_embd T at full context T = block_size.
+    def flops_per_token(self, T):
+        """Model FLOPs of one training token, forward and backward, in sequences of T tokens: 6 N + 12 n_layer n_embd T.
 
         N: parameters of the matrices it is multiplied with (blocks and head; embedding look-ups and the norms' few are left out).
         The second term is q k^T and its product with v, the causal half counted too (as PaLM's appendix B and nanoGPT do).
         """
         a = self.args
         N = sum(p.numel() for p in self.transformer.h.parameters() if p.ndim == 2) + self.lm_head.weight.numel()
-        return 6 * N + 12 * a["n_layer"] * a["n_embd"] * a["block_size"]
+        return 6 * N + 12 * a["n_layer"] * a["n_embd"] * T
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, n_tokens=None, generator=None):

@@ -1,0 +1,407 @@
+"""
+Trains a GPT on data/NAME/ with attention decayed apart from the rest, and logs the rank of its attention products.
+
+    python train_lm.py config/demo.py --attn_wd=0              # small, any machine, data made on first use
+    python train_lm.py --batch_size=8                          # 1 GPU
+    torchrun --nproc_per_node=8 train_lm.py --attn_wd=0.0      # 8 GPUs
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --nproc_per_node=8 train_lm.py       # several nodes: one line each
+
+The defaults are the settings that P1 publishes (Kobayashi et al. 2024, arXiv 2410.23819, language models): marked "P1" below.
+What P1 leaves open is ours and says so. Writes OUT_DIR/ckpt.pt, step_*.pt, log.jsonl, result.json and source/.
+SIGTERM or Ctrl-C finishes the step and saves; --init_from=resume goes on, to the bit on a CPU.
+"""
+import contextlib
+import glob
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from batches import TokenSplit, hash64, prefetch
+from checkpoints import attention_layers
+from common import (RunLog, StopSignal, all_sum, init_dist, input_errors, load, peak_flops, pick_dtype, print0, save, save_json,
+                    time_left)
+from configurator import configure, current
+from model import GPT, decay_groups, init_weights, load_gpt, make_optimizers
+from spectra import metrics, ov_factors, qk_factors
+
+# --------------------------------------------------------------------------------------------------------------- settings
+# run
+out_dir = "out/lm"              # folder of the run
+init_from = "scratch"           # scratch, resume (out_dir/ckpt.pt), auto (resume if there is something to resume), or the PATH of a checkpoint
+overwrite = False               # let scratch start over in an out_dir that holds a run
+eval_only = False               # evaluate whole val and test splits, write eval.json, end
+seed = 1337                     # of initialisation, data order and dropout
+device = "auto"                 # auto, cpu, cuda, mps
+dtype = "auto"                  # autocast: auto (bfloat16 where a GPU has it), float32, bfloat16, float16
+compile = "auto"                # torch.compile: auto (on CUDA), true, false
+# data
+dataset = "pile"                # data/NAME, as prepare_pile.py makes it; P1: the Pile
+data_dir = "data"               # where NAME is
+total_batch_size = 128          # sequences per optimizer step over all processes; P1: 128
+batch_size = 16                 # sequences per process and micro-step; accumulation follows: total / (batch_size * processes)
+block_size = 756                # context in tokens; P1: 756
+# model
+n_layer = 12                    # ours, GPT-2 small
+n_head = 12                     # ours, GPT-2 small
+n_embd = 768                    # ours, GPT-2 small
+dropout = 0.0                   # ours
+bias = False                    # biases in linear layers and norms; ours
+tied = True                     # head and token embedding share weights; ours, as GPT-2
+vocab_size = 0                  # 0: the tokenizer's, rounded up to a multiple of 64 (GPT-2's 50257 becomes 50304); ours
+# weight decay, multiplied by the learning rate (torch's AdamW); norms and biases never
+attn_wd = 0.1                   # q, k, v and output projections of attention; ours
+mlp_wd = 0.1                    # the two MLP matrices; ours
+embed_wd = 0.1                  # embeddings and head; ours, as nanoGPT decays all matrices
+# optimizer
+optimizer = "adamw"             # adamw, adam (L2 in the gradient), sgd, muon (decoupled decay but for adam); P1: adamw
+learning_rate = 1e-3            # peak; P1: 1e-3
+warmup_lr = 1e-6                # where warm-up starts; P1: 1e-6
+min_lr = 1e-4                   # where the cosine ends; P1: 10 % of the peak
+warmup_iters = 8000             # steps of linear warm-up; P1: 8000
+max_iters = 100_000             # steps in all; ours (9.7e9 tokens)
+beta1 = 0.9                     # P1: 0.9
+beta2 = 0.95                    # P1: 0.95
+eps = 1e-8                      # P1: 1e-8
+momentum = 0.95                 # of sgd and muon; ours
+grad_clip = 1.0                 # global gradient norm, 0: none; P1: 1
+# watching
+log_interval = 10               # steps between log lines
+eval_interval = 1000            # steps between evaluations, each after saving ckpt.pt
+eval_iters = 20                 # evaluation on this many times total_batch_size fixed rows of val
+rank_interval = 1000            # steps between measurements of rank and norms, 0: none
+snapshot_steps = ""             # weights-only step_*.pt at: "100,200,400", "every:1000" or "log:20" (20 log-spaced); empty: none
+wandb_log = False               # log to Weights & Biases too (WANDB_MODE=offline works)
+wandb_project = "nanorank"      # its project
+wandb_run_name = ""             # empty: out_dir
+
+SAME_ON_RESUME = ("dataset", "seed", "total_batch_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "tied", "optimizer")
+
+# --------------------------------------------------------------------------------------------------------------- batches
+
+def open_data(world):
+    """{split: TokenSplit}. The embedded data set is made on first use; any other must be there."""
+    folder = os.path.join(data_dir, dataset)
+    if dataset == "python" and not os.path.exists(os.path.join(folder, "meta.json")) and world.rank == 0:
+        command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_pile.py"),
+                   "--source=python", f"--dataset={dataset}", f"--data_dir={data_dir}"]
+        print0(f"{folder} is not there yet, making it: {' '.join(command)}")
+        if subprocess.run(command).returncode:
+            raise ValueError(f"prepare_pile.py could not make {folder}")
+    if world.size > 1:
+        dist.barrier()
+    return {split: TokenSplit(folder, split, block_size) for split in ("train", "val", "test")}
+
+
+def train_batches(split, world, start_step, accumulation):
+    """Inputs and targets (batch_size, block_size) on the device, micro-step by micro-step: a pure function of data, seed and step."""
+    def make(key):
+        step, micro = key
+        first = step * total_batch_size + (micro * world.size + world.rank) * batch_size
+        return split.sample(seed, first, batch_size)
+
+    return prefetch(make, ((step, micro) for step in range(start_step, max_iters) for micro in range(accumulation)), world.device)
+
+# -------------------------------------------------------------------------------------------------------------- schedule
+
+def get_lr(step):
+    """Learning rate of step 0 ... max_iters - 1: linear from warmup_lr to the peak, then cosine to min_lr at max_iters."""
+    if step < warmup_iters:
+        return warmup_lr + (learning_rate - warmup_lr) * step / warmup_iters
+    done = (step - warmup_iters) / max(1, max_iters - warmup_iters)
+    return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+
+
+def parse_steps(text):
+    """The set of steps that --snapshot_steps names."""
+    try:
+        kind, _, number = text.partition(":")
+        if kind == "every":
+            return set(range(0, max_iters + 1, int(number))) | {max_iters}
+        if kind == "log":
+            return {0} | {round(s) for s in np.geomspace(1, max(1, max_iters), int(number))}
+        return {int(s) for s in text.split(",") if s.strip()}
+    except ValueError:
+        raise ValueError(f'--snapshot_steps={text}: expects "100,200,400", "every:1000" or "log:20"') from None
+
+
+def check_settings(world):
+    """Raises ValueError naming the setting, its value and the fix."""
+    if total_batch_size < 1 or batch_size < 1 or total_batch_size % (batch_size * world.size):
+        raise ValueError(f"--total_batch_size={total_batch_size} is not a multiple of batch_size * processes = {batch_size} * {world.size}: "
+                         f"change one of them")
+    for name in ("max_iters", "warmup_iters", "attn_wd", "mlp_wd", "embed_wd", "learning_rate", "grad_clip", "rank_interval"):
+        if globals()[name] < 0:
+            raise ValueError(f"--{name}={globals()[name]} must not be negative")
+    for name in ("log_interval", "eval_interval", "eval_iters", "block_size"):
+        if globals()[name] < 1:
+            raise ValueError(f"--{name}={globals()[name]} must be at least 1")
+    if compile not in ("auto", "true", "false"):
+        raise ValueError(f"--compile={compile}: expects auto, true or false")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"--dropout={dropout} is not in [0, 1)")
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+
+@torch.no_grad()
+def evaluate(model, split, world, autocast, rows=None):
+    """Mean loss in nats per token over `rows` evenly spaced rows of a split (all by default), over all processes."""
+    n = min(rows or split.n_rows, split.n_rows)
+    index = np.linspace(0, split.n_rows - 1, n).round().astype(np.int64)
+    batches = -(-n // (batch_size * world.size))
+    index = np.pad(index, (0, batches * batch_size * world.size - n), constant_values=-1).reshape(batches, world.size, batch_size)
+    model.eval()
+    total, count, began, spoke = 0.0, 0, time.time(), time.time()
+    for i, (x, y) in enumerate(prefetch(lambda i: split.rows(index[i, world.rank]), range(batches), world.device)):
+        tokens = int((y >= 0).sum())
+        if tokens:
+            with autocast:
+                total += model(x, y)[1].item() * tokens
+            count += tokens
+        if time.time() - spoke > 10:
+            spoke = time.time()
+            print0(f"  evaluating: batch {i + 1} of {batches}, {time_left((spoke - began) / (i + 1) * (batches - i - 1))} left")
+    model.train()
+    total, count = all_sum(world, total, count)
+    return total / count
+
+
+def measure_heads(model):
+    """Means over all heads of the metrics of both products, rank95 by layer, and norms of the parameter groups, for the log."""
+    sums, out = {}, {}
+    for layer in attention_layers(model.state_dict(), model.args["n_head"]):
+        for product, factors in (("qk", qk_factors(layer.W_Q, layer.W_K)), ("ov", ov_factors(layer.W_V, layer.P))):
+            for name, values in metrics(*factors).items():
+                mean = sum(values) / len(values)
+                sums[f"attn_{name}_{product}"] = sums.get(f"attn_{name}_{product}", 0.0) + mean / model.args["n_layer"]
+                if name == "rank95":
+                    out[f"layer{layer.layer}_rank95_{product}"] = mean
+    squares = {g["name"]: sum(float(p.detach().float().pow(2).sum()) for p in g["params"]) for g in decay_groups(model, 0, 0, 0)}
+    norms = {f"norm_{name}": math.sqrt(square) for name, square in squares.items()}
+    return {**sums, "norm_all": math.sqrt(sum(squares.values())), **norms, **out}
+
+# ------------------------------------------------------------------------------------------------------------------ main
+
+def main():
+    script = os.path.basename(__file__)
+    with input_errors(script):
+        world = init_dist(device)
+        check_settings(world)
+        amp = pick_dtype(dtype, world.device)
+        snapshots = parse_steps(snapshot_steps)
+        os.makedirs(out_dir, exist_ok=True)
+        latest = os.path.join(out_dir, "ckpt.pt")
+        there = os.path.exists(latest)
+        resume = init_from == "resume" or init_from == "auto" and there
+        if init_from == "scratch" and there and not overwrite and not eval_only:
+            raise ValueError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite starts over, --out_dir goes elsewhere")
+        data = open_data(world)
+        meta = data["train"].meta
+        accumulation = total_batch_size // (batch_size * world.size)
+        tokens_per_step = total_batch_size * block_size
+
+        # model: a fresh one, the same on any number of processes and any device, or one from disk
+        checkpoint = load(latest if resume else init_from) if resume or init_from not in ("scratch", "auto") else None
+        settings = current(globals())
+        if resume and not eval_only:
+            if "data" not in checkpoint:
+                raise ValueError(f"{latest} is not train_lm.py's: --init_from={latest} takes its weights into a new run")
+            old = {name: checkpoint["config"][name] for name in SAME_ON_RESUME}
+            differ = [f"{name} was {old[name]}, is {settings[name]}" for name in SAME_ON_RESUME if old[name] != settings[name]]
+            differ += ["the data is not the one it was trained on"] if checkpoint["data"] != data["train"].fingerprint() else []
+            if differ:
+                raise ValueError(f"{latest} cannot be resumed with these settings: {'; '.join(differ)}")
+        if checkpoint:
+            checkpoint.get("model_args", {})["dropout"] = dropout
+            model = load_gpt(checkpoint)
+        else:
+            rounded = -(-meta["vocab_size"] // 64) * 64
+            model = GPT(vocab_size or rounded, block_size, n_layer, n_head, n_embd, dropout, bias, tied)
+            init_weights(model, seed)
+        if model.args["vocab_size"] < meta["vocab_size"] or model.args["block_size"] < block_size:
+            raise ValueError(f"the model (vocab_size {model.args['vocab_size']}, block_size {model.args['block_size']}) is too small for the data "
+                             f"(vocab_size {meta['vocab_size']}) or --block_size={block_size}")
+        settings.update(model.args)
+        model.to(world.device)
+
+    # what runs: the same weights, compiled where that pays, behind DDP where there are several processes
+    torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32, on CUDA alone
+    compiling = compile == "true" or compile == "auto" and world.device.type == "cuda"
+    fast = torch.compile(model) if compiling else model
+    parallel = DistributedDataParallel(fast, device_ids=[world.device] if world.device.type == "cuda" else None) if world.size > 1 else fast
+    autocast = torch.autocast(world.device.type, amp) if amp != torch.float32 else contextlib.nullcontext()
+    if eval_only:
+        losses = {f"{split}_loss": evaluate(fast, data[split], world, autocast) for split in ("val", "test")}
+        result = {**settings, **losses, "val_ppl": math.exp(losses["val_loss"]), "test_ppl": math.exp(losses["test_loss"])}
+        if world.rank == 0:
+            save_json(os.path.join(out_dir, "eval.json"), result)
+        print0(f"val loss {losses['val_loss']:.4f}, test loss {losses['test_loss']:.4f}, test perplexity {result['test_ppl']:.3f}")
+        return end(world)
+
+    # optimizer
+    with input_errors(script):
+        groups = decay_groups(model, attn_wd, mlp_wd, embed_wd)
+        optimizers = make_optimizers(groups, optimizer, learning_rate, beta1, beta2, eps, momentum, world.device.type)
+        scaler = torch.amp.GradScaler(world.device.type, enabled=amp == torch.float16)
+        start, best_val_loss, sum_lr, seconds, log_bytes, wandb_id = 0, math.inf, 0.0, 0.0, 0, ""
+        if resume:
+            states = checkpoint["optimizer"] if isinstance(checkpoint["optimizer"], list) else [checkpoint["optimizer"]]
+            for opt, state in zip(optimizers, states, strict=True):
+                decay = [g["weight_decay"] for g in opt.param_groups]
+                opt.load_state_dict(state)
+                for g, wd in zip(opt.param_groups, decay):
+                    g["weight_decay"] = wd  # this command line's, as the learning rate is
+            scaler.load_state_dict(checkpoint["scaler"])
+            start, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
+            sum_lr, seconds, log_bytes, wandb_id = (checkpoint[k] for k in ("sum_lr", "seconds", "log_bytes", "wandb_id"))
+            if start > max_iters:
+                raise ValueError(f"{latest} is at step {start}, beyond --max_iters={max_iters}")
+        del checkpoint
+        here = os.path.dirname(os.path.abspath(__file__))
+        if world.rank == 0:
+            source = os.path.join(out_dir, "source")
+            os.makedirs(source, exist_ok=True)
+            files = [shutil.copy(path, source) for path in glob.glob(os.path.join(here, "*.py"))]
+            log = RunLog(out_dir, log_bytes, settings, wandb_project if wandb_log else "", wandb_run_name or out_dir, wandb_id, files)
+
+    planned_lr = sum_lr + sum(get_lr(step) for step in range(start, max_iters))
+    peak, peak_source = peak_flops(world.device, amp)
+    print0("settings: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
+    print0(f"data: {meta['splits']['train']['tokens']:,} train tokens in {data['train'].n_windows:,} windows, {meta['tokenizer']}; "
+           f"{max_iters * total_batch_size / data['train'].n_windows:.2f} epochs")
+    print0(f"batch: {batch_size} sequences * {world.size} processes * {accumulation} micro-steps = {total_batch_size} = {tokens_per_step:,} tokens a step")
+    for g in groups:
+        print0(f"group {g['name']:5}: {len(g['params']):3} tensors, {sum(p.numel() for p in g['params']):11,} parameters, "
+               f"weight decay {g['weight_decay']:g}, {planned_lr * g['weight_decay']:.2f} decay time constants")
+    print0(f"on {world.device}, {amp}, {'compiled' if compiling else 'eager'}; {model.flops_per_token(block_size):,} FLOPs a token, "
+           f"MFU against {peak / 1e12:.2f} TFLOP/s ({peak_source})")
+
+    def save_checkpoint(step, log_bytes):
+        if world.rank == 0:
+            states = [opt.state_dict() for opt in optimizers]
+            save(latest, {"model": model.state_dict(), "optimizer": states[0] if len(states) == 1 else states,
+                          "model_args": model.args, "iter_num": step, "best_val_loss": best_val_loss, "config": settings,
+                          "scaler": scaler.state_dict(), "sum_lr": sum_lr, "seconds": seconds, "log_bytes": log_bytes,
+                          "wandb_id": log.wandb_id, "data": data["train"].fingerprint()})
+
+    def report(step, last_lr):
+        """Prints and logs the steps since the last report; ends the run where a loss was not finite."""
+        nonlocal unread, seconds
+        values = torch.stack([torch.stack(pair) for pair in unread]).cpu().double()  # note: this waits for the GPU
+        losses, norms = values[:, 0], values[:, 1]
+        elapsed = time.perf_counter() - clock
+        seconds += elapsed
+        mean = [loss / world.size for loss in all_sum(world, *losses.tolist())]
+        for i, loss in enumerate(losses.tolist()):
+            if not math.isfinite(loss):
+                print(f"{script}: loss is {loss} at step {step - len(losses) + 1 + i} on process {world.rank}; "
+                      f"the last good checkpoint is {latest}", file=sys.stderr, flush=True)
+        if not all(map(math.isfinite, mean)):
+            end(world)
+            raise SystemExit(1)
+        speed = len(losses) * tokens_per_step / elapsed
+        mfu = speed * model.flops_per_token(block_size) / (peak * world.size)
+        if world.rank == 0:
+            log(step, train_loss=mean[-1], lr=last_lr, grad_norm=float(norms[-1]), tokens_per_s=speed, mfu=mfu)
+        print0(f"step {step}: loss {mean[-1]:.4f}, lr {last_lr:.2e}, grad norm {norms[-1]:.3f}, {speed:,.0f} tokens/s, "
+               f"mfu {100 * mfu:.1f}%, {time_left((max_iters - step - 1) * elapsed / len(losses))} left")
+        unread = []
+
+    # ------------------------------------------------------------------------------------------------------------ loop
+    stop = StopSignal()
+    stream = train_batches(data["train"], world, start, accumulation)
+    unread, val_loss, lr = [], math.nan, 0.0
+    for step in range(start, max_iters + 1):
+        last = step == max_iters
+        stopped = stop.anywhere(world)
+        if step % eval_interval == 0 or last or stopped or step in snapshots:
+            if unread:
+                report(step - 1, lr)  # a loss that is not finite ends the run here, before it is saved
+            log_bytes = log.size() if world.rank == 0 else 0
+        if step % eval_interval == 0 or last or stopped:
+            save_checkpoint(step, log_bytes)  # before anything that can fail; a resumed run does all that follows again
+        if stopped:
+            print0(f"stopped by signal {stopped} at step {step}, saved {latest}: go on with --init_from=resume")
+            end(world, log if world.rank == 0 else None)
+            raise SystemExit(128 + stopped)
+        if step in snapshots and world.rank == 0:
+            save(os.path.join(out_dir, f"step_{step:07d}.pt"),
+                 {"model": model.state_dict(), "model_args": model.args, "iter_num": step, "config": settings})
+        if rank_interval and (step % rank_interval == 0 or last) and world.rank == 0:
+            heads = measure_heads(model)
+            log(step, **heads)
+            print0(f"step {step}: rank95 of {model.args['n_embd'] // model.args['n_head']}: QK {heads['attn_rank95_qk']:.2f}, "
+                   f"OV {heads['attn_rank95_ov']:.2f} (means over heads), |parameters| {heads['norm_all']:.2f}")
+        if step % eval_interval == 0 or last:
+            val_loss = evaluate(fast, data["val"], world, autocast, eval_iters * total_batch_size)
+            best_val_loss = min(best_val_loss, val_loss)
+            if world.rank == 0:
+                log(step, val_loss=val_loss)
+            print0(f"step {step}: val loss {val_loss:.4f}")
+        if last:
+            break
+        if not unread:
+            clock = time.perf_counter()  # evaluation and saving are not training time
+
+        # one optimizer step
+        if dropout:
+            torch.manual_seed(hash64(hash64(hash64(seed) + step) + world.rank) >> 1)  # nothing to save for resume
+        loss = torch.zeros((), device=world.device)
+        for micro in range(accumulation):
+            with input_errors(script, every_process=True):
+                x, y = next(stream)
+            more = micro < accumulation - 1
+            with parallel.no_sync() if world.size > 1 and more else contextlib.nullcontext():  # gradients travel once a step
+                with autocast:
+                    micro_loss = parallel(x, y)[1] / accumulation
+                scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+        lr = get_lr(step)
+        sum_lr += lr
+        for opt in optimizers:
+            for group in opt.param_groups:
+                group["lr"] = lr
+            scaler.unscale_(opt)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        for opt in optimizers:
+            scaler.step(opt)
+        scaler.update()
+        for opt in optimizers:
+            opt.zero_grad(set_to_none=True)
+        unread.append((loss, norm))
+        if (step + 1) % log_interval == 0:
+            report(step, lr)
+
+    # ------------------------------------------------------------------------------------------------------- whole splits
+    save_checkpoint(max_iters, log_bytes)  # with the last evaluation's best_val_loss
+    val_loss, test_loss = evaluate(fast, data["val"], world, autocast), evaluate(fast, data["test"], world, autocast)
+    result = {**settings, "val_loss": val_loss, "test_loss": test_loss, "val_ppl": math.exp(val_loss), "test_ppl": math.exp(test_loss),
+              "best_val_loss": best_val_loss, "steps": max_iters, "tokens": max_iters * tokens_per_step, "seconds": seconds,
+              "decay_time_constants": sum_lr * attn_wd, "decay_time_constants_mlp": sum_lr * mlp_wd,
+              "decay_time_constants_embed": sum_lr * embed_wd, "world_size": world.size, "device": str(world.device)}
+    if world.rank == 0:
+        log(max_iters, test_loss=test_loss, test_ppl=result["test_ppl"])
+        save_json(os.path.join(out_dir, "result.json"), result)
+    print0(f"whole splits: val loss {val_loss:.4f}, test loss {test_loss:.4f}, test perplexity {result['test_ppl']:.3f}; "
+           f"{result['decay_time_constants']:.2f} decay time constants on attention; {time_left(seconds)} of training")
+    print0(f"look at it: python analyze.py {out_dir}")
+    end(world, log if world.rank == 0 else None)
+
+
+def end(world, log=None):
+    if log:
+        log.close()
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()
