@@ -1,0 +1,66 @@
+"""
+Text from a GPT checkpoint, ours or nanoGPT's.
+
+    python sample.py out/demo-0 --prompt="def main(" --max_new_tokens=300
+    python sample.py gpt2-finetuned/ckpt.pt --tokenizer=gpt2 --temperature=0.8 --top_k=200
+"""
+import json
+import os
+
+import torch
+
+from common import init_dist, input_errors, load
+from configurator import configure
+from model import load_gpt
+
+prompt = "\n"           # text to continue
+tokenizer = "auto"      # byte or a tiktoken encoding (gpt2); auto: that of the data set the checkpoint was trained on
+max_new_tokens = 300    # tokens to sample
+num_samples = 1         # continuations
+temperature = 0.8       # 0 takes the likeliest token
+top_k = 200             # sample among this many, 0: among all
+seed = 1337             # of the sampling
+device = "auto"         # auto, cpu, cuda, mps
+
+
+def codec(name):
+    """(encode, decode, vocabulary size without padding) of a tokenizer by name."""
+    if name == "byte":
+        return lambda text: list(text.encode()), lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace"), 257
+    import tiktoken
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except Exception as error:  # an unknown name, or no network
+        raise ValueError(f"tokenizer {name}: {error}; offline, set TIKTOKEN_CACHE_DIR to a folder that holds its files") from None
+    return encoding.encode_ordinary, encoding.decode, encoding.n_vocab
+
+
+def main(path):
+    with input_errors("sample.py"):
+        world = init_dist(device)
+        checkpoint = load(os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path)
+        model = load_gpt(checkpoint).to(world.device).eval()
+        name = tokenizer
+        if name == "auto":
+            config = checkpoint.get("config") or {}
+            meta = os.path.join(config.get("data_dir", "data"), config.get("dataset", ""), "meta.json")
+            if not os.path.exists(meta):
+                raise ValueError(f"{path} does not tell its tokenizer ({meta} is not there): give --tokenizer=gpt2 or byte")
+            name = json.load(open(meta, encoding="utf-8"))["tokenizer"]
+        encode, decode, n_tokens = codec(name)
+        if not prompt:
+            raise ValueError("--prompt is empty: give at least one character")
+        idx = torch.tensor([encode(prompt)] * num_samples, device=world.device)
+        if int(idx.max()) >= model.args["vocab_size"]:
+            raise ValueError(f"tokenizer {name} does not fit the model's vocabulary of {model.args['vocab_size']}")
+    generator = torch.Generator(world.device).manual_seed(seed)
+    for ids in model.generate(idx, max_new_tokens, temperature, top_k, n_tokens, generator):
+        print(decode(ids.tolist()), end="\n---------------\n")
+
+
+if __name__ == "__main__":
+    paths = configure(globals(), positional="CKPT")
+    with input_errors("sample.py"):
+        if len(paths) != 1:
+            raise ValueError(f"expects one checkpoint, got {len(paths)}: python sample.py out/demo-0; --help lists the settings")
+    main(paths[0])
