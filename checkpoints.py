@@ -8,7 +8,8 @@ Any checkpoint on disk -> per attention layer (stack, layer, W_Q, W_K, W_V, P), 
 import difflib
 import os
 import re
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 

@@ -159,10 +159,10 @@ def init_weights(model, seed):
             p.data.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
 
 
-def load_gpt(checkpoint):
+def load_gpt(checkpoint, dropout=0.0):
     """The GPT of a checkpoint dict, ours or nanoGPT's. Raises ValueError where parts are missing or shapes do not fit."""
     try:
-        model = GPT(**checkpoint["model_args"])
+        model = GPT(**{**checkpoint["model_args"], "dropout": dropout})
         state = {name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod."): p
                  for name, p in checkpoint["model"].items()}
         model.load_state_dict({name: p for name, p in state.items() if not name.endswith(".attn.bias")})  # old nanoGPT's mask

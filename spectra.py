@@ -5,6 +5,7 @@ Singular values of A B^T from its factors, never forming the product, and the me
     table = metrics(A, B)               # {"rank95": [...], "stable_rank": [...], ...}, a plain number per leading index
     A, B = qk_factors(W_Q, W_K)         # heads (H, r, d) -> the factors of W_K^T W_Q
     A, B = ov_factors(W_V, P)           # (H, r, d), (H, d, r) -> the factors of P W_V
+    log = summary(layers)               # {"attn_rank95_qk": 24.4, ...}: means over heads, for a training log
 
 A = Q_A R_A gives A B^T the singular values of the r x r matrix R_A R_B^T. The fast way takes R from the Gram matrix A^T A;
 squaring costs half the digits, so each head whose error bound is too large goes the slow way, a QR of the factors.
@@ -64,6 +65,19 @@ def metrics(A, B, threshold=0.95, exact=False):
         "imbalance": imbalance(AA, BB),
     }
     return {name: value.tolist() for name, value in out.items()}
+
+
+def summary(layers, threshold=0.95):
+    """Means over all heads of both products' metrics, {"attn_rank95_qk": ..., "attn_gap_ov": ...}, and the threshold rank by layer,
+    {"layer0_rank95_qk": ...}. layers: an iterable of objects with layer, W_Q, W_K, W_V (H, r, d) and P (H, d, r)."""
+    heads, by_layer, rank = {}, {}, rank_name(threshold)
+    for x in layers:
+        for product, factors in (("qk", qk_factors(x.W_Q, x.W_K)), ("ov", ov_factors(x.W_V, x.P))):
+            table = metrics(*factors, threshold)
+            for name, values in table.items():
+                heads.setdefault(f"attn_{name}_{product}", []).extend(values)
+            by_layer[f"layer{x.layer}_{rank}_{product}"] = sum(table[rank]) / len(table[rank])
+    return {**{name: sum(values) / len(values) for name, values in heads.items()}, **by_layer}
 
 
 def ranks(s, threshold):

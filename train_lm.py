@@ -26,16 +26,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batches import TokenSplit, hash64, prefetch
 from checkpoints import attention_layers
-from common import (RunLog, StopSignal, all_sum, init_dist, input_errors, load, peak_flops, pick_dtype, print0, save, save_json,
-                    time_left)
+from common import RunLog, StopSignal, all_sum, init_dist, input_errors, load, peak_flops, pick_dtype, print0, save, save_json, time_left
 from configurator import configure, current
 from model import GPT, decay_groups, init_weights, load_gpt, make_optimizers
-from spectra import metrics, ov_factors, qk_factors
+from spectra import summary
 
 # --------------------------------------------------------------------------------------------------------------- settings
 # run
 out_dir = "out/lm"              # folder of the run
-init_from = "scratch"           # scratch, resume (out_dir/ckpt.pt), auto (resume if there is something to resume), or the PATH of a checkpoint
+init_from = "scratch"           # scratch, resume (out_dir/ckpt.pt), auto (resume where there is one), or the PATH of a checkpoint
 overwrite = False               # let scratch start over in an out_dir that holds a run
 eval_only = False               # evaluate whole val and test splits, write eval.json, end
 seed = 1337                     # of initialisation, data order and dropout
@@ -135,8 +134,8 @@ def parse_steps(text):
 def check_settings(world):
     """Raises ValueError naming the setting, its value and the fix."""
     if total_batch_size < 1 or batch_size < 1 or total_batch_size % (batch_size * world.size):
-        raise ValueError(f"--total_batch_size={total_batch_size} is not a multiple of batch_size * processes = {batch_size} * {world.size}: "
-                         f"change one of them")
+        raise ValueError(f"--total_batch_size={total_batch_size} is not a multiple of batch_size * processes = "
+                         f"{batch_size} * {world.size}: change one of them")
     for name in ("max_iters", "warmup_iters", "attn_wd", "mlp_wd", "embed_wd", "learning_rate", "grad_clip", "rank_interval"):
         if globals()[name] < 0:
             raise ValueError(f"--{name}={globals()[name]} must not be negative")
@@ -173,192 +172,173 @@ def evaluate(model, split, world, autocast, rows=None):
     return total / count
 
 
-def measure_heads(model):
-    """Means over all heads of the metrics of both products, rank95 by layer, and norms of the parameter groups, for the log."""
-    sums, out = {}, {}
-    for layer in attention_layers(model.state_dict(), model.args["n_head"]):
-        for product, factors in (("qk", qk_factors(layer.W_Q, layer.W_K)), ("ov", ov_factors(layer.W_V, layer.P))):
-            for name, values in metrics(*factors).items():
-                mean = sum(values) / len(values)
-                sums[f"attn_{name}_{product}"] = sums.get(f"attn_{name}_{product}", 0.0) + mean / model.args["n_layer"]
-                if name == "rank95":
-                    out[f"layer{layer.layer}_rank95_{product}"] = mean
-    squares = {g["name"]: sum(float(p.detach().float().pow(2).sum()) for p in g["params"]) for g in decay_groups(model, 0, 0, 0)}
-    norms = {f"norm_{name}": math.sqrt(square) for name, square in squares.items()}
-    return {**sums, "norm_all": math.sqrt(sum(squares.values())), **norms, **out}
-
 # ------------------------------------------------------------------------------------------------------------------ main
 
 def main():
     script = os.path.basename(__file__)
+    latest = os.path.join(out_dir, "ckpt.pt")
     with input_errors(script):
         world = init_dist(device)
+        first = world.rank == 0
         check_settings(world)
         amp = pick_dtype(dtype, world.device)
         snapshots = parse_steps(snapshot_steps)
         os.makedirs(out_dir, exist_ok=True)
-        latest = os.path.join(out_dir, "ckpt.pt")
         there = os.path.exists(latest)
-        resume = init_from == "resume" or init_from == "auto" and there
         if init_from == "scratch" and there and not overwrite and not eval_only:
             raise ValueError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite starts over, --out_dir goes elsewhere")
         data = open_data(world)
         meta = data["train"].meta
-        accumulation = total_batch_size // (batch_size * world.size)
-        tokens_per_step = total_batch_size * block_size
 
-        # model: a fresh one, the same on any number of processes and any device, or one from disk
-        checkpoint = load(latest if resume else init_from) if resume or init_from not in ("scratch", "auto") else None
-        settings = current(globals())
-        if resume and not eval_only:
-            if "data" not in checkpoint:
-                raise ValueError(f"{latest} is not train_lm.py's: --init_from={latest} takes its weights into a new run")
-            old = {name: checkpoint["config"][name] for name in SAME_ON_RESUME}
-            differ = [f"{name} was {old[name]}, is {settings[name]}" for name in SAME_ON_RESUME if old[name] != settings[name]]
-            differ += ["the data is not the one it was trained on"] if checkpoint["data"] != data["train"].fingerprint() else []
-            if differ:
-                raise ValueError(f"{latest} cannot be resumed with these settings: {'; '.join(differ)}")
-        if checkpoint:
-            checkpoint.get("model_args", {})["dropout"] = dropout
-            model = load_gpt(checkpoint)
+        # model: a fresh one, the same on any device and number of processes, or one from disk
+        resume = init_from == "resume" or (init_from == "auto" and there)
+        if resume or init_from not in ("scratch", "auto"):
+            checkpoint = load(latest if resume else init_from)
+            model = load_gpt(checkpoint, dropout)
         else:
-            rounded = -(-meta["vocab_size"] // 64) * 64
-            model = GPT(vocab_size or rounded, block_size, n_layer, n_head, n_embd, dropout, bias, tied)
+            model = GPT(vocab_size or -(-meta["vocab_size"] // 64) * 64, block_size, n_layer, n_head, n_embd, dropout, bias, tied)
             init_weights(model, seed)
-        if model.args["vocab_size"] < meta["vocab_size"] or model.args["block_size"] < block_size:
-            raise ValueError(f"the model (vocab_size {model.args['vocab_size']}, block_size {model.args['block_size']}) is too small for the data "
-                             f"(vocab_size {meta['vocab_size']}) or --block_size={block_size}")
-        settings.update(model.args)
+        if resume and not eval_only:
+            check_resume(checkpoint, latest, data["train"].fingerprint())
+        for what, needed in (("vocab_size", meta["vocab_size"]), ("block_size", block_size)):
+            if model.args[what] < needed:
+                raise ValueError(f"the model's {what} is {model.args[what]}, this data set and --block_size need {needed}")
+        settings = {**current(globals()), **model.args}
         model.to(world.device)
 
     # what runs: the same weights, compiled where that pays, behind DDP where there are several processes
-    torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32, on CUDA alone
-    compiling = compile == "true" or compile == "auto" and world.device.type == "cuda"
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+    compiling = compile == "true" or (compile == "auto" and world.device.type == "cuda")
     fast = torch.compile(model) if compiling else model
-    parallel = DistributedDataParallel(fast, device_ids=[world.device] if world.device.type == "cuda" else None) if world.size > 1 else fast
+    parallel = DistributedDataParallel(fast, device_ids=[world.device.index] if world.device.type == "cuda" else None) \
+        if world.size > 1 else fast
     autocast = torch.autocast(world.device.type, amp) if amp != torch.float32 else contextlib.nullcontext()
+
     if eval_only:
-        losses = {f"{split}_loss": evaluate(fast, data[split], world, autocast) for split in ("val", "test")}
-        result = {**settings, **losses, "val_ppl": math.exp(losses["val_loss"]), "test_ppl": math.exp(losses["test_loss"])}
-        if world.rank == 0:
-            save_json(os.path.join(out_dir, "eval.json"), result)
-        print0(f"val loss {losses['val_loss']:.4f}, test loss {losses['test_loss']:.4f}, test perplexity {result['test_ppl']:.3f}")
+        result = whole_splits(fast, data, world, autocast)
+        if first:
+            save_json(os.path.join(out_dir, "eval.json"), {**settings, **result})
         return end(world)
 
-    # optimizer
+    # optimizer and what else a resumed run takes up
     with input_errors(script):
         groups = decay_groups(model, attn_wd, mlp_wd, embed_wd)
         optimizers = make_optimizers(groups, optimizer, learning_rate, beta1, beta2, eps, momentum, world.device.type)
         scaler = torch.amp.GradScaler(world.device.type, enabled=amp == torch.float16)
-        start, best_val_loss, sum_lr, seconds, log_bytes, wandb_id = 0, math.inf, 0.0, 0.0, 0, ""
+        past = {"iter_num": 0, "best_val_loss": math.inf, "sum_lr": 0.0, "seconds": 0.0, "log_bytes": 0, "wandb_id": ""}
         if resume:
-            states = checkpoint["optimizer"] if isinstance(checkpoint["optimizer"], list) else [checkpoint["optimizer"]]
-            for opt, state in zip(optimizers, states, strict=True):
-                decay = [g["weight_decay"] for g in opt.param_groups]
-                opt.load_state_dict(state)
-                for g, wd in zip(opt.param_groups, decay):
-                    g["weight_decay"] = wd  # this command line's, as the learning rate is
+            past = {name: checkpoint[name] for name in past}
             scaler.load_state_dict(checkpoint["scaler"])
-            start, best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
-            sum_lr, seconds, log_bytes, wandb_id = (checkpoint[k] for k in ("sum_lr", "seconds", "log_bytes", "wandb_id"))
-            if start > max_iters:
-                raise ValueError(f"{latest} is at step {start}, beyond --max_iters={max_iters}")
-        del checkpoint
-        here = os.path.dirname(os.path.abspath(__file__))
-        if world.rank == 0:
-            source = os.path.join(out_dir, "source")
+            for opt, state in zip(optimizers, checkpoint["optimizer"] if len(optimizers) > 1 else [checkpoint["optimizer"]]):
+                for old, new in zip(state["param_groups"], opt.param_groups):
+                    old["weight_decay"] = new["weight_decay"]  # this command line's, as the learning rate is
+                opt.load_state_dict(state)
+        start, best_val_loss, sum_lr, seconds = past["iter_num"], past["best_val_loss"], past["sum_lr"], past["seconds"]
+        checkpoint = None  # free its memory
+        if first:
+            here, source = os.path.dirname(os.path.abspath(__file__)), os.path.join(out_dir, "source")
             os.makedirs(source, exist_ok=True)
             files = [shutil.copy(path, source) for path in glob.glob(os.path.join(here, "*.py"))]
-            log = RunLog(out_dir, log_bytes, settings, wandb_project if wandb_log else "", wandb_run_name or out_dir, wandb_id, files)
+            log = RunLog(out_dir, past["log_bytes"], settings, wandb_project if wandb_log else "", wandb_run_name or out_dir,
+                         past["wandb_id"], files)
 
-    planned_lr = sum_lr + sum(get_lr(step) for step in range(start, max_iters))
+    accumulation = total_batch_size // (batch_size * world.size)
+    tokens_per_step = total_batch_size * block_size
+    flops_per_token = model.flops_per_token(block_size)
     peak, peak_source = peak_flops(world.device, amp)
+    planned_lr = sum_lr + sum(get_lr(step) for step in range(start, max_iters))
     print0("settings: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
-    print0(f"data: {meta['splits']['train']['tokens']:,} train tokens in {data['train'].n_windows:,} windows, {meta['tokenizer']}; "
+    print0(f"data: {data['train'].n_tokens:,} train tokens ({meta['tokenizer']}) in {data['train'].n_windows:,} windows, "
            f"{max_iters * total_batch_size / data['train'].n_windows:.2f} epochs")
-    print0(f"batch: {batch_size} sequences * {world.size} processes * {accumulation} micro-steps = {total_batch_size} = {tokens_per_step:,} tokens a step")
+    print0(f"batch: {batch_size} sequences * {world.size} processes * {accumulation} micro-steps = {total_batch_size} sequences "
+           f"= {tokens_per_step:,} tokens a step")
     for g in groups:
         print0(f"group {g['name']:5}: {len(g['params']):3} tensors, {sum(p.numel() for p in g['params']):11,} parameters, "
                f"weight decay {g['weight_decay']:g}, {planned_lr * g['weight_decay']:.2f} decay time constants")
-    print0(f"on {world.device}, {amp}, {'compiled' if compiling else 'eager'}; {model.flops_per_token(block_size):,} FLOPs a token, "
+    print0(f"on {world.device}, {amp}, {'compiled' if compiling else 'eager'}; {flops_per_token:,} FLOPs a token, "
            f"MFU against {peak / 1e12:.2f} TFLOP/s ({peak_source})")
 
     def save_checkpoint(step, log_bytes):
-        if world.rank == 0:
+        """Everything a run needs to go on from the top of `step`, in nanoGPT's dict."""
+        if first:
             states = [opt.state_dict() for opt in optimizers]
-            save(latest, {"model": model.state_dict(), "optimizer": states[0] if len(states) == 1 else states,
-                          "model_args": model.args, "iter_num": step, "best_val_loss": best_val_loss, "config": settings,
-                          "scaler": scaler.state_dict(), "sum_lr": sum_lr, "seconds": seconds, "log_bytes": log_bytes,
-                          "wandb_id": log.wandb_id, "data": data["train"].fingerprint()})
+            save(latest, {"model": model.state_dict(), "optimizer": states if len(states) > 1 else states[0], "model_args": model.args,
+                          "iter_num": step, "best_val_loss": best_val_loss, "config": settings, "scaler": scaler.state_dict(),
+                          "sum_lr": sum_lr, "seconds": seconds, "log_bytes": log_bytes, "wandb_id": log.wandb_id,
+                          "data": data["train"].fingerprint()})
 
-    def report(step, last_lr):
+    def report():
         """Prints and logs the steps since the last report; ends the run where a loss was not finite."""
         nonlocal unread, seconds
-        values = torch.stack([torch.stack(pair) for pair in unread]).cpu().double()  # note: this waits for the GPU
-        losses, norms = values[:, 0], values[:, 1]
+        step, lr = unread[-1][:2]
+        values = torch.stack([torch.stack(pair) for _, _, *pair in unread]).cpu().double()  # note: this waits for the GPU
         elapsed = time.perf_counter() - clock
         seconds += elapsed
-        mean = [loss / world.size for loss in all_sum(world, *losses.tolist())]
-        for i, loss in enumerate(losses.tolist()):
+        for (bad, *_), loss in zip(unread, values[:, 0].tolist()):
             if not math.isfinite(loss):
-                print(f"{script}: loss is {loss} at step {step - len(losses) + 1 + i} on process {world.rank}; "
-                      f"the last good checkpoint is {latest}", file=sys.stderr, flush=True)
-        if not all(map(math.isfinite, mean)):
+                print(f"{script}: the loss is {loss} at step {bad} on process {world.rank}; {latest} is the last good checkpoint",
+                      file=sys.stderr, flush=True)
+        losses = all_sum(world, *values[:, 0].tolist())
+        if not all(map(math.isfinite, losses)):
             end(world)
             raise SystemExit(1)
-        speed = len(losses) * tokens_per_step / elapsed
-        mfu = speed * model.flops_per_token(block_size) / (peak * world.size)
-        if world.rank == 0:
-            log(step, train_loss=mean[-1], lr=last_lr, grad_norm=float(norms[-1]), tokens_per_s=speed, mfu=mfu)
-        print0(f"step {step}: loss {mean[-1]:.4f}, lr {last_lr:.2e}, grad norm {norms[-1]:.3f}, {speed:,.0f} tokens/s, "
-               f"mfu {100 * mfu:.1f}%, {time_left((max_iters - step - 1) * elapsed / len(losses))} left")
+        loss, norm = losses[-1] / world.size, float(values[-1, 1])
+        speed = len(unread) * tokens_per_step / elapsed
+        mfu = speed * flops_per_token / (peak * world.size)
+        if first:
+            log(step, train_loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed, mfu=mfu)
+        print0(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, grad norm {norm:.3f}, {speed:,.0f} tokens/s, mfu {100 * mfu:.1f}%, "
+               f"{time_left((max_iters - step - 1) * elapsed / len(unread))} left")
         unread = []
 
     # ------------------------------------------------------------------------------------------------------------ loop
     stop = StopSignal()
     stream = train_batches(data["train"], world, start, accumulation)
-    unread, val_loss, lr = [], math.nan, 0.0
+    unread = []  # (step, lr, loss, gradient norm) of the steps since the last report, the tensors still on the device
     for step in range(start, max_iters + 1):
-        last = step == max_iters
-        stopped = stop.anywhere(world)
-        if step % eval_interval == 0 or last or stopped or step in snapshots:
+        last, stopped = step == max_iters, stop.anywhere(world)
+        due = step % eval_interval == 0 or last
+        if due or stopped or step in snapshots:
             if unread:
-                report(step - 1, lr)  # a loss that is not finite ends the run here, before it is saved
-            log_bytes = log.size() if world.rank == 0 else 0
-        if step % eval_interval == 0 or last or stopped:
+                report()  # a loss that is not finite ends the run here, before anything is saved
+            log_bytes = log.size() if first else 0
+        if due or stopped:
             save_checkpoint(step, log_bytes)  # before anything that can fail; a resumed run does all that follows again
         if stopped:
             print0(f"stopped by signal {stopped} at step {step}, saved {latest}: go on with --init_from=resume")
-            end(world, log if world.rank == 0 else None)
+            end(world, log if first else None)
             raise SystemExit(128 + stopped)
-        if step in snapshots and world.rank == 0:
+        if step in snapshots and first:
             save(os.path.join(out_dir, f"step_{step:07d}.pt"),
                  {"model": model.state_dict(), "model_args": model.args, "iter_num": step, "config": settings})
-        if rank_interval and (step % rank_interval == 0 or last) and world.rank == 0:
-            heads = measure_heads(model)
-            log(step, **heads)
-            print0(f"step {step}: rank95 of {model.args['n_embd'] // model.args['n_head']}: QK {heads['attn_rank95_qk']:.2f}, "
-                   f"OV {heads['attn_rank95_ov']:.2f} (means over heads), |parameters| {heads['norm_all']:.2f}")
-        if step % eval_interval == 0 or last:
+        if rank_interval and (step % rank_interval == 0 or last) and first:
+            ranks = summary(attention_layers(model.state_dict(), model.args["n_head"]))
+            norms = {f"norm_{g['name']}": math.hypot(*(float(p.detach().norm()) for p in g["params"])) for g in groups}
+            norm_all = math.hypot(*norms.values())
+            log(step, **ranks, norm_all=norm_all, **norms)
+            print0(f"step {step}: rank95 of W_K^T W_Q {ranks['attn_rank95_qk']:.2f}, of P W_V {ranks['attn_rank95_ov']:.2f} "
+                   f"(means over heads of width {model.args['n_embd'] // model.args['n_head']}), parameter norm {norm_all:.2f}")
+        if due:
             val_loss = evaluate(fast, data["val"], world, autocast, eval_iters * total_batch_size)
             best_val_loss = min(best_val_loss, val_loss)
-            if world.rank == 0:
+            if first:
                 log(step, val_loss=val_loss)
             print0(f"step {step}: val loss {val_loss:.4f}")
         if last:
             break
         if not unread:
-            clock = time.perf_counter()  # evaluation and saving are not training time
+            clock = time.perf_counter()  # evaluating and saving are not training time
 
         # one optimizer step
         if dropout:
-            torch.manual_seed(hash64(hash64(hash64(seed) + step) + world.rank) >> 1)  # nothing to save for resume
+            torch.manual_seed(hash64(hash64(hash64(seed) + step) + world.rank) >> 1)  # so there is nothing to save for resume
         loss = torch.zeros((), device=world.device)
         for micro in range(accumulation):
             with input_errors(script, every_process=True):
                 x, y = next(stream)
-            more = micro < accumulation - 1
-            with parallel.no_sync() if world.size > 1 and more else contextlib.nullcontext():  # gradients travel once a step
+            travel = micro == accumulation - 1  # gradients are averaged over processes once a step
+            with contextlib.nullcontext() if travel or world.size == 1 else parallel.no_sync():
                 with autocast:
                     micro_loss = parallel(x, y)[1] / accumulation
                 scaler.scale(micro_loss).backward()
@@ -372,27 +352,45 @@ def main():
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         for opt in optimizers:
             scaler.step(opt)
-        scaler.update()
-        for opt in optimizers:
             opt.zero_grad(set_to_none=True)
-        unread.append((loss, norm))
+        scaler.update()
+        unread.append((step, lr, loss, norm))
         if (step + 1) % log_interval == 0:
-            report(step, lr)
+            report()
 
-    # ------------------------------------------------------------------------------------------------------- whole splits
-    save_checkpoint(max_iters, log_bytes)  # with the last evaluation's best_val_loss
-    val_loss, test_loss = evaluate(fast, data["val"], world, autocast), evaluate(fast, data["test"], world, autocast)
-    result = {**settings, "val_loss": val_loss, "test_loss": test_loss, "val_ppl": math.exp(val_loss), "test_ppl": math.exp(test_loss),
-              "best_val_loss": best_val_loss, "steps": max_iters, "tokens": max_iters * tokens_per_step, "seconds": seconds,
+    # ---------------------------------------------------------------------------------------------------------- result
+    save_checkpoint(max_iters, log_bytes)  # once more, with the last evaluation's best_val_loss
+    result = {**settings, **whole_splits(fast, data, world, autocast), "best_val_loss": best_val_loss,
+              "steps": max_iters, "tokens": max_iters * tokens_per_step, "seconds": seconds,
               "decay_time_constants": sum_lr * attn_wd, "decay_time_constants_mlp": sum_lr * mlp_wd,
-              "decay_time_constants_embed": sum_lr * embed_wd, "world_size": world.size, "device": str(world.device)}
-    if world.rank == 0:
-        log(max_iters, test_loss=test_loss, test_ppl=result["test_ppl"])
+              "decay_time_constants_embed": sum_lr * embed_wd, "processes": world.size, "trained_on": str(world.device)}
+    if first:
+        log(max_iters, test_loss=result["test_loss"], test_ppl=result["test_ppl"])
         save_json(os.path.join(out_dir, "result.json"), result)
-    print0(f"whole splits: val loss {val_loss:.4f}, test loss {test_loss:.4f}, test perplexity {result['test_ppl']:.3f}; "
-           f"{result['decay_time_constants']:.2f} decay time constants on attention; {time_left(seconds)} of training")
-    print0(f"look at it: python analyze.py {out_dir}")
-    end(world, log if world.rank == 0 else None)
+    print0(f"{sum_lr * attn_wd:.2f} decay time constants on attention, {time_left(seconds)} of training; "
+           f"look at it: python analyze.py {out_dir}")
+    end(world, log if first else None)
+
+
+def whole_splits(model, data, world, autocast):
+    """Losses and perplexities of the whole val and test splits, printed and returned."""
+    val_loss, test_loss = (evaluate(model, data[split], world, autocast) for split in ("val", "test"))
+    print0(f"whole splits: val loss {val_loss:.4f}, test loss {test_loss:.4f}, test perplexity {math.exp(test_loss):.3f}")
+    return {"val_loss": val_loss, "val_ppl": math.exp(val_loss), "test_loss": test_loss, "test_ppl": math.exp(test_loss)}
+
+
+def check_resume(checkpoint, path, fingerprint):
+    """Raises ValueError where the run on disk is not the one that this command line describes."""
+    if "data" not in checkpoint:
+        raise ValueError(f"{path} is not train_lm.py's: --init_from={path} takes its weights into a new run")
+    old = checkpoint["config"]
+    differ = [f"{name} was {old[name]}, is {globals()[name]}" for name in SAME_ON_RESUME if old[name] != globals()[name]]
+    if checkpoint["data"] != fingerprint:
+        differ.append("the data on disk is not what it was trained on")
+    if checkpoint["iter_num"] > max_iters:
+        differ.append(f"it is at step {checkpoint['iter_num']}, beyond max_iters {max_iters}")
+    if differ:
+        raise ValueError(f"{path} cannot be resumed like this: {'; '.join(differ)}")
 
 
 def end(world, log=None):
