@@ -1,32 +1,31 @@
 """
 Raw text in, token ids that trainers memory-map out: `data/NAME/`, as batches.py describes it.
 
-    python prepare_pile.py --source=python                       # this Python's own library, as bytes; seconds, no download
-    python prepare_pile.py                                       # the Pile's public mirror, streamed, GPT-2's BPE
+    python prepare_pile.py --source=python                   # this Python's own library, as bytes; seconds, no download
+    python prepare_pile.py                                   # the Pile's public mirror, streamed, in GPT-2's BPE
     python prepare_pile.py --source=a.jsonl.zst,folder --dataset=mine --val_source=val.jsonl.zst
-    python prepare_pile.py --num_shards=4 --shard_index=0        # the first of four machines, see below
+    python prepare_pile.py --num_shards=4 --shard_index=0    # the first of four machines
 
 Sources: `python`, files or folders (comma-separated) of .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt, or a Hugging Face
-dataset (org/name, or org/name/folder) of such files. A .txt file is a document; over 1 MiB it is cut behind a line into several.
+dataset (org/name or org/name/folder) of such files. A .txt file is a document; beyond 1 MiB it is cut behind lines.
 
-Splits: where files carry the names of splits (train/00.jsonl.zst, val.jsonl.zst, ...) or --val_source, --test_source are given,
-those; else a hash of each document's text decides, whatever its place, the workers and the machines.
+Splits: files of their own where --val_source, --test_source are given or a source's files are named by split
+(train/00.jsonl.zst, val.jsonl.zst ...); else a hash of the document's text decides, so that equal texts stay together.
 
-Ids: tiktoken's encode_ordinary and end-of-text for each document. Lone surrogates become U+FFFD, as tiktoken does it. A document
-that overflows tiktoken's regex (some 300,000 spaces in a row and more) is encoded in pieces of 50,000 characters.
+Ids: tiktoken's encode_ordinary and end-of-text, document by document. Lone surrogates become U+FFFD, as tiktoken does it;
+a document that overflows tiktoken's regex (several 100,000 spaces in a row) is encoded in pieces of 50,000 characters.
 
-Killed at any instant and run again it goes on from its last safe point, and ends in the same bytes as an undisturbed run;
-meta.json, without which no trainer reads the folder, comes last. Several machines: the same command with --num_shards=N and
---shard_index=0 ... N-1, in one shared folder, or in several that are copied together; then any one of them once more.
-On machines with more than some 32 cores, several such parts side by side on the one machine feed more workers.
+Killed at any instant and run again, it goes on from its last safe point and ends in the same bytes as an undisturbed run.
+meta.json, without which no trainer reads the folder, comes last. Several machines run the same command, each with its own
+--shard_index, in one folder or in several that are copied together; then any of them once more writes meta.json.
+Beyond some 30 cores run several such parts side by side on one machine: one process reads for all its workers.
 
-Memory does not grow with the input: 2 workers + 4 chunks of 1 MiB in flight, the longest documents (--max_document_mb) aside.
+Memory does not depend on the input's size: chunks of 1 MiB, 2 per worker + 4, and per worker some 12 times the longest document.
 """
 import contextlib
 import fcntl
 import glob
 import gzip
-import hashlib
 import importlib
 import io
 import json
@@ -51,116 +50,124 @@ from batches import read_meta
 from common import StopSignal, input_errors, save_json, time_left
 from configurator import configure
 
+try:
+    from orjson import loads  # takes half the time; what it refuses goes to json
+except ImportError:
+    from json import loads
+
 # ------------------------------------------------------------------------------------------------------------ settings
 # what to read
 source = "monology/pile-uncopyrighted"  # python, files or folders (comma-separated), or a Hugging Face dataset id
 val_source = ""                         # files or folders of the val split; empty: files named so, else by hash
 test_source = ""                        # files or folders of the test split; empty: files named so, else by hash
-val_fraction = 0.02                     # of the documents, by hash, where val has no files of its own
-test_fraction = 0.02                    # of the documents, by hash, where test has no files of its own
+val_fraction = 0.02                     # share of documents, by hash, where val has no files of its own
+test_fraction = 0.02                    # share of documents, by hash, where test has no files of its own
 text_key = "text"                       # key (.jsonl) or column (.parquet) of the text
-max_document_mb = 64                    # MiB; longer lines and documents are bad records
+max_document_mb = 64                    # longest line and document, MiB; longer ones are bad records
 # what to write
 dataset = "auto"                        # name of the folder in data_dir; auto: python for --source=python, else pile
 data_dir = "data"                       # folder of all data sets
 tokenizer = "auto"                      # byte or a tiktoken encoding; auto: byte for --source=python, else gpt2
-shard_tokens = 100_000_000              # tokens of a file, after which the next is begun
+shard_tokens = 100_000_000              # tokens in a file, after which the next is begun
 # how
 num_shards = 1                          # parts that the work is split in, one process each, on any machines
-shard_index = 0                         # which part this process makes, from 0
+shard_index = 0                         # the part that this process makes, from 0
 workers = 0                             # processes that tokenise; 0: one per core
-safe_interval = 10.0                    # seconds between safe points: what a kill can cost
+safe_interval = 10.0                    # seconds between safe points: the work that a kill can cost
 # ---------------------------------------------------------------------------------------------------------------------
 
 SPLITS = ("train", "val", "test")
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt")
 MADE_WITH = ("source", "val_source", "test_source", "val_fraction", "test_fraction", "text_key", "max_document_mb", "tokenizer")
 EOT = "<|endoftext|>"
-CHUNK = 1 << 20      # bytes of text that go to a worker at once
-OVERLONG = b"\0"     # stands in for a line that is too long; no JSON begins so
-NAMED = 5            # bad records named per reason
+CHUNK = 1 << 20    # bytes of input that go to a worker at once
+OVERLONG = b"\0"   # stands in for a line that is too long: no JSON begins so
+NAMED = 5          # bad records named, per reason
 
 
 def main():
+    """Makes this process's part of the data set, and its meta.json once all parts are there."""
     with input_errors("prepare_pile.py"):
-        stopped = prepare()
-    if stopped:
-        raise SystemExit(128 + stopped)
+        made_with = check_settings()
+        folder = os.path.join(data_dir, dataset if dataset != "auto" else "python" if source == "python" else "pile")
+        if os.path.exists(os.path.join(folder, "meta.json")):
+            meta = read_meta(folder)
+            refuse_other(folder, meta.get("settings", {}), made_with)
+            return print(f"{folder} is finished, nothing to do: {totals(meta)}")
+        vocab_size, eot = vocabulary(made_with["tokenizer"])
+        about = {"vocab_size": vocab_size, "eot": eot, "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32"}
+        files = find_all_files()
+        names = zlib.crc32(repr([(file.split, file.name) for file in files]).encode())
+        made_with |= {"shard_tokens": shard_tokens, "num_shards": num_shards, "input files": f"{len(files)} ({names:08x})"}
+        os.makedirs(folder, exist_ok=True)
+        for path in glob.glob(os.path.join(glob.escape(folder), "part_*.json")):
+            refuse_other(folder, read_json(path)["settings"], made_with)
+        with only_process(os.path.join(folder, f".part_{shard_index:05d}.lock")):
+            part = Part(folder, made_with, about["dtype"], files)
+            stop = StopSignal()
+            if not part.record["done"]:
+                tokenise(part, files, stop)
+            if part.record["done"]:
+                merge(folder, made_with, about)
+    if not part.record["done"]:
+        print(f"stopped by signal {stop.signal}; the same command goes on from here", flush=True)
+        raise SystemExit(128 + stop.signal)
 
 
-def prepare():
-    """Makes this process's part, and meta.json if it was the last one. Returns the signal that stopped it, else 0."""
-    if not (0 <= val_fraction and 0 <= test_fraction and val_fraction + test_fraction < 1):
-        raise ValueError(f"--val_fraction={val_fraction} --test_fraction={test_fraction}: expects two shares that leave some for train")
+def check_settings():
+    """The settings that the ids depend on. Raises ValueError for values that make no sense."""
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise ValueError(f"--val_fraction={val_fraction}, --test_fraction={test_fraction}: expects shares that leave some to train")
     for name, least in (("num_shards", 1), ("shard_index", 0), ("shard_tokens", 1), ("max_document_mb", 1), ("workers", 0)):
         if globals()[name] < least:
             raise ValueError(f"--{name}={globals()[name]}: expects {least} or more")
     if shard_index >= num_shards:
         raise ValueError(f"--shard_index={shard_index}: expects 0 to {num_shards - 1} with --num_shards={num_shards}")
-    made_with = {name: globals()[name] for name in MADE_WITH}
-    if tokenizer == "auto":
-        made_with["tokenizer"] = "byte" if source == "python" else "gpt2"
-    name = ("python" if source == "python" else "pile") if dataset == "auto" else dataset
-    if name != os.path.basename(name) or name in ("", ".", ".."):
-        raise ValueError(f"--dataset={dataset}: expects a plain name; --data_dir says where it lies")
-    folder = os.path.join(data_dir, name)
-
-    if os.path.exists(os.path.join(folder, "meta.json")):
-        meta = read_meta(folder)
-        refuse_other(folder, meta.get("settings", {}), made_with)
-        print(f"{folder} is finished: {totals(meta)}; nothing to do")
-        return 0
-    vocab_size, eot = vocabulary(made_with["tokenizer"])
-    files = find_all_files()
-    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    names = repr([(file.split, file.name) for file in files]).encode()
-    made_with |= {"shard_tokens": shard_tokens, "num_shards": num_shards, "files": f"{len(files)}:{zlib.crc32(names):08x}"}
-
-    os.makedirs(folder, exist_ok=True)
-    for path in glob.glob(os.path.join(glob.escape(folder), "part_*.json")):
-        with open(path, encoding="utf-8") as file:
-            refuse_other(folder, json.load(file)["settings"], made_with)
-    with only_process(os.path.join(folder, f".part_{shard_index:05d}.lock")):
-        part = Part(folder, made_with, dtype, files)
-        if not part.record["done"]:
-            stop = StopSignal()
-            try:
-                tokenise(part, files, stop)
-            except BrokenProcessPool:
-                print("prepare_pile.py: a worker died (out of memory? then lower --workers); "
-                      "the same command again goes on from here", file=sys.stderr)
-                raise SystemExit(1) from None
-            if stop.signal:
-                print(f"stopped by signal {stop.signal}: the same command again goes on from here", flush=True)
-                return stop.signal
-        merge(folder, made_with, {"source": source, "vocab_size": vocab_size, "eot": eot, "dtype": dtype})
-    return 0
+    if dataset != os.path.basename(dataset) or dataset in ("", ".", ".."):
+        raise ValueError(f"--dataset={dataset}: expects a plain name; --data_dir says where its folder lies")
+    auto = {"tokenizer": "byte" if source == "python" else "gpt2"} if tokenizer == "auto" else {}
+    return {name: globals()[name] for name in MADE_WITH} | auto
 
 
 def refuse_other(folder, theirs, ours):
     """Raises ValueError that names the first setting in which a folder begun earlier differs from this run."""
     for name, value in ours.items():
         if theirs.get(name) != value:
-            flag = "input files " if name == "files" else f"--{name}="
-            raise ValueError(f"{folder} was made with {flag}{theirs.get(name)}, not {flag}{value}: "
-                             "choose another --dataset, or delete the folder")
+            flag = name if " " in name else f"--{name}"
+            raise ValueError(f"{folder} was made with {flag}={theirs.get(name)}, not {value}: take another --dataset or delete it")
 
 
 @contextlib.contextmanager
 def only_process(path):
-    """Holds the lock file `path`; the kernel lets go of it however this process ends, and forked workers do not inherit it."""
+    """Holds a lock file. The kernel lets go of it however this process ends; forked workers do not inherit it."""
     with open(path, "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"another process is at work on this part ({path} is locked)") from None
+            raise ValueError(f"another process is at work on part {shard_index} ({path} is locked)") from None
         yield
 
 
-class InputError(ValueError):
-    """A line for the user, complete as it is."""
+def read_json(path):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
-# ------------------------------------------------------------------------------------------------------ finding the text
+
+def need(module, what):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise InputError(f"{what} needs {module.partition('.')[0]}: pip install {module.partition('.')[0]}") from None
+
+
+def first_line(error):
+    return (str(getattr(error, "strerror", None) or error).strip() or type(error).__name__).splitlines()[0][:150]
+
+
+class InputError(ValueError):
+    """A message that is complete as it is."""
+
+# ------------------------------------------------------------------------------------------------------- files of text
 
 class Input(NamedTuple):
     split: str  # where its documents go; empty: by hash
@@ -173,10 +180,10 @@ def find_all_files():
     """Every input file, those of val and test first, in the same order on all machines."""
     given = [file._replace(split=split) for split, places in (("val", val_source), ("test", test_source)) if places
              for file in find_files(places)]
-    taken, paths = {file.split for file in given}, {os.path.abspath(file.path) for file in given}
-    found = [file for file in find_files(source) if file.split not in taken and os.path.abspath(file.path) not in paths]
+    splits, paths = {file.split for file in given}, {os.path.abspath(file.path) for file in given}
+    found = [file for file in find_files(source) if file.split not in splits and os.path.abspath(file.path) not in paths]
     files = given + sorted(found, key=lambda file: not file.split)
-    if all(file.split for file in files):
+    if not files or files[-1].split:
         raise ValueError(f"--source={source}: no files are left for the train split")
     print(f"{len(files)} files, {sum(file.size for file in files) / 1e6:,.1f} MB; " + ", ".join(
         f"{split}: " + (f"{n} of the files" if (n := sum(file.split == split for file in files)) else f"{share:.1%} of documents by hash")
@@ -184,17 +191,10 @@ def find_all_files():
     return files
 
 
-def shares(files):
-    """The share of hashed documents that each split gets: none for those that have files of their own."""
-    own = {file.split for file in files}
-    val, test = (0.0 if split in own else share for split, share in (("val", val_fraction), ("test", test_fraction)))
-    return {"train": 1.0 - val - test, "val": val, "test": test}
-
-
 def find_files(places):
-    """The files of a source, sorted; their `split` set where their names say it. Raises ValueError where there are none."""
+    """The files of a source, sorted, `split` set to val or test where names say so. Raises ValueError where there are none."""
     if places == "python":
-        return walk(sysconfig.get_path("stdlib"), (".py",), ("site-packages", "dist-packages", "test", "tests", "idle_test"))
+        return walk(sysconfig.get_path("stdlib"), (".py",), without=("site-packages", "dist-packages", "test", "tests", "idle_test"))
     found = []
     for place in places.split(","):
         if os.path.isdir(place):
@@ -204,154 +204,186 @@ def find_files(places):
         elif re.fullmatch(r"\w[\w.-]*/\w[\w./-]*", place) and not place.endswith(SUFFIXES):
             files = hub_files(place)
         else:
-            raise ValueError(f"no file or folder {place!r}, and no Hugging Face id (org/name) either")
+            raise ValueError(f"--source={place}: no such file or folder, and no Hugging Face id (org/name) either")
         files = [file for file in files if file.name.endswith(SUFFIXES)]
         if not files:
             raise ValueError(f"{place}: expects files in {', '.join(SUFFIXES)}")
-        named = [file._replace(split=split_of(file.name)) for file in files]
-        found += named if any(file.split == "train" for file in named) else files
-    # train files are hashed for those of val and test that have no files
-    return [file._replace(split="") if file.split == "train" else file for file in found]
+        if any(split_in_name(file.name) == "train" for file in files):
+            files = [file._replace(split=split_in_name(file.name).replace("train", "")) for file in files]
+        found += files
+    return found
 
 
-def split_of(name):
+def split_in_name(name):
     for split, words in (("train", "train"), ("val", "val|valid|validation|dev"), ("test", "test")):
         if re.search(rf"(^|[/._-])({words})([/._-]|\d|$)", name):
             return split
     return ""
 
 
+def shares(files):
+    """The share of hashed documents that goes to each split: none to those that have files of their own."""
+    own = {file.split for file in files}
+    val, test = (0.0 if split in own else share for split, share in (("val", val_fraction), ("test", test_fraction)))
+    return {"train": 1.0 - val - test, "val": val, "test": test}
+
+
 def walk(root, suffixes, without=()):
     files = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in without and not name.startswith((".", "__pycache__"))]
+        folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
         for path in (os.path.join(folder, name) for name in names if name.endswith(suffixes) and not name.startswith(".")):
             files.append(Input("", path, os.path.relpath(path, root), os.path.getsize(path)))
     return sorted(files, key=lambda file: file.name)
 
 
 def hub_files(place):
-    """The files of a Hugging Face dataset org/name[/folder], at its newest revision, which the paths pin."""
+    """The files of a Hugging Face dataset, org/name or org/name/folder, at its newest revision, which their paths pin."""
     hub = need("huggingface_hub", f"--source={place}")
-    repo, below = "/".join(place.split("/")[:2]), "/".join(place.split("/")[2:])
+    repo, below = "/".join(place.split("/")[:2]), "/".join(place.split("/")[2:]).rstrip("/")
     try:
         info = hub.HfApi().dataset_info(repo, files_metadata=True, timeout=10)
-    except Exception as error:  # of httpx, requests or huggingface_hub, as versions differ
+    except Exception as error:  # noqa: BLE001  of httpx, requests or huggingface_hub, as versions differ
         raise ValueError(f"{place} is no file or folder here, and the Hugging Face hub did not give it: {first_line(error)}") from None
     return [Input("", f"hf://datasets/{repo}@{info.sha}/{file.rfilename}", file.rfilename, file.size or 0)
-            for file in sorted(info.siblings, key=lambda file: file.rfilename)
-            if not below or file.rfilename.startswith(below.rstrip("/") + "/")]
+            for file in sorted(info.siblings, key=lambda file: file.rfilename) if file.rfilename.startswith(below and below + "/")]
 
-
-def need(module, what):
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise InputError(f"{what} needs {package}: pip install {package}") from None
-
-
-def first_line(error):
-    return (str(getattr(error, "strerror", None) or error).strip() or type(error).__name__).splitlines()[0][:200]
-
-# ------------------------------------------------------------------------------------------------------ reading the text
+# ------------------------------------------------------------------------------------------------------ files to chunks
 
 class Chunk(NamedTuple):
-    """Some 1 MiB of a file: a block of JSON lines, a piece of plain text (both as bytes), or a list of parquet values."""
+    """Some 1 MiB of a file: a block of JSON lines, a piece of plain text (both bytes), or a list of parquet values."""
     kind: str    # jsonl, txt, parquet
-    split: str
-    path: str
+    split: str   # where its documents go; empty: by hash
     first: int   # number of its first line or row, from 1
     data: bytes | list
-    seen: float  # share of the file read with it
+    seen: float  # share of the file that is read with it
 
 
 def read_chunks(file):
     """The chunks of a file, the same ones every time. Raises ValueError that names a file which is damaged or cut short."""
-    count, seen = 1, 0.0
+    kind, blocks = ("parquet", parquet_blocks) if file.name.endswith(".parquet") else \
+        ("jsonl", line_blocks) if ".jsonl" in file.name else ("txt", text_blocks)
+    first = 1
     try:
-        with open_input(file.path) as raw:
-            if file.name.endswith(".parquet"):
-                for texts, seen in parquet_blocks(raw, file.path):
-                    yield Chunk("parquet", file.split, file.path, count, texts, seen)
-                    count += len(texts)
-                return
-            kind, blocks = ("jsonl", line_blocks) if ".jsonl" in file.name else ("txt", text_blocks)
-            for block in blocks(decompressed(raw, file.path)):
-                yield Chunk(kind, file.split, file.path, count, block, raw.tell() / max(file.size, 1))
-                count += block.count(b"\n")
+        with need("huggingface_hub", file.path).HfFileSystem().open(file.path, block_size=32 << 20) \
+                if file.path.startswith("hf://") else open(file.path, "rb") as raw:
+            for data, seen in blocks(raw, file):
+                yield Chunk(kind, file.split, first, data, seen)
+                first += len(data) if kind == "parquet" else data.count(b"\n")
     except InputError:
         raise
-    except Exception as error:  # pyarrow, gzip, zlib and the hub's clients raise a dozen kinds
-        raise ValueError(f"{file.path}: cannot be read on, damaged or cut short? ({first_line(error)}); "
-                         "what is done is kept, the same command goes on once it is whole") from None
+    except Exception as error:  # noqa: BLE001  pyarrow, gzip, zlib and the hub's clients raise a dozen kinds
+        raise ValueError(f"{file.path}: damaged or cut short ({first_line(error)}); what is done is kept, "
+                         "and the same command goes on once the file is whole") from None
 
 
-def open_input(path):
-    if path.startswith("hf://"):
-        return need("huggingface_hub", path).HfFileSystem().open(path, block_size=32 << 20)
-    return open(path, "rb")
-
-
-def decompressed(raw, path):
-    if path.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
-    if path.endswith(".zst"):  # pyarrow's stream refuses a truncated file, zstandard's does not
-        return io.BufferedReader(need("pyarrow", path).CompressedInputStream(raw, "zstd"), CHUNK)
-    return raw
-
-
-def line_blocks(file):
-    """Blocks of whole lines, CHUNK bytes or a line more; OVERLONG for a line of more than --max_document_mb."""
-    rest = bytearray()
-    while block := file.read(CHUNK):
+def line_blocks(raw, file):
+    """Blocks of whole lines, CHUNK bytes and up to a line more. A line beyond --max_document_mb becomes OVERLONG."""
+    text, rest = raw, bytearray()
+    if file.name.endswith(".gz"):
+        text = gzip.GzipFile(fileobj=raw)
+    elif file.name.endswith(".zst"):  # pyarrow's stream tells a truncated file, zstandard's does not
+        text = io.BufferedReader(need("pyarrow", file.path).CompressedInputStream(raw, "zstd"), CHUNK)
+    while block := text.read(CHUNK):
         cut = block.rfind(b"\n") + 1
         if cut:
-            start = block.find(b"\n") if rest == OVERLONG else 0
-            yield bytes(rest) + block[start:cut]
+            yield bytes(rest) + block[block.find(b"\n") if rest == OVERLONG else 0:cut], raw.tell() / file.size
             rest = bytearray(block[cut:])
         elif rest != OVERLONG:
             rest += block
             if len(rest) > max_document_mb << 20:
                 rest = bytearray(OVERLONG)
     if rest:
-        yield bytes(rest)
+        yield bytes(rest), 1.0
 
 
-def text_blocks(file):
-    """Pieces of 1 to 2 CHUNK bytes, cut behind a line where there is one, else between two characters."""
-    block = file.read(CHUNK)
-    while more := file.read(CHUNK):
-        cut = block.rfind(b"\n") + 1
-        if not cut:
-            cut = len(block) - 1
-            while cut > len(block) - 4 and block[cut] & 0xC0 == 0x80:
-                cut -= 1
-        yield block[:cut]
-        block = block[cut:] + more
-    if block:
-        yield block
+def text_blocks(raw, file):
+    """Pieces of at most CHUNK bytes, cut behind a line where there is one, else between two characters."""
+    rest = b""
+    while block := rest + raw.read(CHUNK - len(rest)):
+        cut = len(block)
+        if cut == CHUNK:
+            cut = block.rfind(b"\n") + 1
+            if not cut:
+                cut = next(i for i in range(CHUNK - 1, 0, -1) if block[i] & 0xC0 != 0x80)  # where a character begins
+        yield block[:cut], raw.tell() / file.size
+        rest = block[cut:]
 
 
-def parquet_blocks(raw, path):
-    """(values, share of the file) some CHUNK bytes at a time."""
-    parquet = need("pyarrow.parquet", path).ParquetFile(raw, pre_buffer=False, buffer_size=CHUNK)
+def parquet_blocks(raw, file):
+    """Lists of values, some CHUNK bytes each."""
+    parquet = need("pyarrow.parquet", file.path).ParquetFile(raw, pre_buffer=False, buffer_size=CHUNK)
     if text_key not in parquet.schema_arrow.names:
-        raise InputError(f"{path}: no column {text_key!r} in {', '.join(parquet.schema_arrow.names)}: name it with --text_key")
+        raise InputError(f"{file.path}: no column {text_key!r} among {', '.join(parquet.schema_arrow.names)}; --text_key names it")
     texts, size, rows = [], 0, 0
     for batch in parquet.iter_batches(batch_size=64, columns=[text_key]):
         texts += batch.column(0).to_pylist()
         size, rows = size + batch.nbytes, rows + len(batch)
-        if size >= CHUNK:
+        if size >= CHUNK or rows == parquet.metadata.num_rows:
             yield texts, rows / parquet.metadata.num_rows
             texts, size = [], 0
-    if texts:
-        yield texts, 1.0
 
-# --------------------------------------------------------------------------------------------------- from text to tokens
+# ---------------------------------------------------------------------------------------------------- chunks to tokens
+
+def encode_chunk(chunk, tokenizer, dtype, share, text_key, max_bytes):
+    """What a worker does: {split: (documents, ids as bytes)} and {reason: (bad records, numbers of the first)}.
+
+    A pure function of its arguments: workers know nothing of the settings.
+    """
+    texts, bad = {}, {}
+    records = chunk.data.split(b"\n") if chunk.kind == "jsonl" else [chunk.data] if chunk.kind == "txt" else chunk.data
+    for number, record in enumerate(records, chunk.first):
+        if chunk.kind == "jsonl" and not record.strip():
+            continue
+        try:
+            text, utf8 = text_of(record, chunk.kind, text_key, max_bytes)
+        except ValueError as error:
+            bad.setdefault(str(error), []).append(number)
+            continue
+        u = zlib.crc32(utf8) / 2**32
+        split = chunk.split or ("test" if u < share["test"] else "val" if u < share["test"] + share["val"] else "train")
+        texts.setdefault(split, []).append(text)
+    return ({split: (len(t), encode(t, tokenizer).astype(np.dtype(dtype).newbyteorder("<")).tobytes()) for split, t in texts.items()},
+            {reason: (len(numbers), numbers[:NAMED]) for reason, numbers in bad.items()})
+
+
+def text_of(record, kind, text_key, max_bytes):
+    """The text of a record, as str and as UTF-8. Raises ValueError with the reason why it has none."""
+    if record == OVERLONG or len(record or "") > 8 * max_bytes:
+        raise ValueError("longer than --max_document_mb")
+    try:
+        text = record if kind == "parquet" else record.decode() if kind == "txt" else parse(record)
+    except UnicodeDecodeError:
+        raise ValueError("invalid UTF-8") from None
+    except (ValueError, RecursionError):
+        raise ValueError("broken JSON") from None
+    if kind == "jsonl":
+        if not isinstance(text, dict):
+            raise ValueError("not a JSON object")
+        if text_key not in text:
+            raise ValueError(f"no key {text_key!r}")
+        text = text[text_key]
+    if not isinstance(text, str):
+        raise ValueError(f"{text_key!r} is not a string")
+    try:
+        utf8 = text.encode()
+    except UnicodeEncodeError:  # lone surrogates
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        utf8 = text.encode()
+    if len(utf8) > max_bytes:
+        raise ValueError("longer than --max_document_mb")
+    return text, utf8
+
+
+def parse(line):
+    try:
+        return loads(line)
+    except ValueError:  # orjson refuses lone surrogates, for one
+        return json.loads(line.decode())
+
 
 def vocabulary(name):
-    """(vocabulary size, end-of-text id) of a tokenizer. Raises ValueError that says how to supply it where it is missing."""
+    """(vocabulary size, end-of-text id) of a tokenizer. Raises ValueError that says how to supply a missing one."""
     if name == "byte":
         return 257, 256
     tiktoken = need("tiktoken", f"--tokenizer={name}")
@@ -359,9 +391,9 @@ def vocabulary(name):
         raise ValueError(f"--tokenizer={name}: expects byte, {', '.join(sorted(tiktoken.list_encoding_names()))}")
     try:
         enc = tiktoken.get_encoding(name)
-    except Exception as error:  # of requests, or a ValueError for a file that came damaged
-        raise ValueError(f"tiktoken cannot fetch the vocabulary of {name} ({first_line(error)[:60]}...); offline: set TIKTOKEN_CACHE_DIR "
-                         "to a folder copied from a machine that has used it, or take --tokenizer=byte") from None
+    except Exception as error:  # noqa: BLE001  of requests, or a ValueError for a file that came damaged
+        raise ValueError(f"tiktoken cannot fetch {name}'s vocabulary ({type(error).__name__}); offline, set TIKTOKEN_CACHE_DIR to a "
+                         "folder that a machine with network has filled so, or take --tokenizer=byte") from None
     if EOT not in enc.special_tokens_set:
         raise ValueError(f"--tokenizer={name} has no {EOT}, which ends documents here")
     return enc.n_vocab, enc.eot_token
@@ -370,12 +402,12 @@ def vocabulary(name):
 def encode(texts, tokenizer):
     """Ids of all texts, end-of-text after each (an integer array): tiktoken's encode_ordinary(text) + [eot], text by text."""
     if tokenizer == "byte":
-        end = np.array([256], dtype=np.uint16)
-        return np.concatenate([ids for text in texts for ids in (np.frombuffer(text.encode(), np.uint8), end)])
+        eot = np.array([256], dtype=np.uint16)
+        return np.concatenate([ids for text in texts for ids in (np.frombuffer(text.encode(), dtype=np.uint8), eot)])
     enc = importlib.import_module("tiktoken").get_encoding(tokenizer)
     joined = EOT.join([*texts, ""])
-    if joined.count(EOT) == len(texts):  # no text contains it: one call for all, without the GIL, without lists of ints
-        with contextlib.suppress(ValueError):  # the regex overflowed
+    if joined.count(EOT) == len(texts):  # no text holds it: one call for all, and no lists of ints
+        with contextlib.suppress(ValueError):  # the regex overflowed on one
             return enc.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
     return np.array([i for text in texts for i in (*encode_alone(enc, text), enc.eot_token)], dtype=np.uint32)
 
@@ -386,113 +418,54 @@ def encode_alone(enc, text, piece=50_000):
     except ValueError:
         return [i for start in range(0, len(text), piece) for i in enc.encode_ordinary(text[start:start + piece])]
 
-
-class Encoded(NamedTuple):
-    ids: dict        # split: bytes
-    documents: dict  # split: number of them
-    bad: dict        # reason: (count, the first few line or row numbers)
-    size: int        # bytes of text
-
-
-def encode_chunk(chunk, tokenizer, dtype, share, text_key, max_bytes):
-    """What a worker does: records -> texts -> splits -> ids. A pure function of its arguments, which travel to the worker."""
-    texts, bad, size = {split: [] for split in SPLITS}, {}, 0
-    records = {"jsonl": lambda data: data.split(b"\n"), "txt": lambda data: [data], "parquet": list}[chunk.kind](chunk.data)
-    for number, record in enumerate(records, chunk.first):
-        if chunk.kind == "jsonl" and not record.strip():
-            continue
-        try:
-            text, utf8 = text_of(record, chunk.kind, text_key, max_bytes)
-        except ValueError as error:
-            bad.setdefault(str(error), []).append(number)
-            continue
-        u = int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little") / 2**64
-        split = chunk.split or ("test" if u < share["test"] else "val" if u < share["test"] + share["val"] else "train")
-        texts[split].append(text)
-        size += len(utf8)
-    little = np.dtype(dtype).newbyteorder("<")
-    return Encoded({split: encode(texts[split], tokenizer).astype(little).tobytes() for split in SPLITS if texts[split]},
-                   {split: len(texts[split]) for split in SPLITS}, {why: (len(n), n[:NAMED]) for why, n in bad.items()}, size)
-
-
-def text_of(record, kind, text_key, max_bytes):
-    """The text of a record, as str and as UTF-8. Raises ValueError with the reason why it has none."""
-    if record == OVERLONG:
-        raise ValueError("longer than --max_document_mb")
-    try:
-        text = record if kind == "parquet" else record.decode()
-        if kind == "jsonl":
-            text = json.loads(text)
-    except UnicodeDecodeError:
-        raise ValueError("invalid UTF-8") from None
-    except (ValueError, RecursionError):
-        raise ValueError("broken JSON") from None
-    if kind == "jsonl":
-        if not isinstance(text, dict):
-            raise ValueError("no JSON object")
-        if text_key not in text:
-            raise ValueError(f"no key {text_key!r}")
-        text = text[text_key]
-    if not isinstance(text, str):
-        raise ValueError(f"{text_key!r} is no string")
-    try:
-        utf8 = text.encode()
-    except UnicodeEncodeError:  # lone surrogates
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        utf8 = text.encode()
-    if len(utf8) > max_bytes:
-        raise ValueError("longer than --max_document_mb")
-    return text, utf8
-
-# ------------------------------------------------------------------------------------------------------------- the work
+# ------------------------------------------------------------------------------------------------------------ the work
 
 def tokenise(part, files, stop):
-    """Reads, hands out, appends, until the part is done or a signal came. What is done is safe, however it ends."""
+    """Reads, hands out, appends in order, until the part is done or a signal came. What is done is safe however it ends."""
     by_file = len(files) >= num_shards  # else every part reads all files and takes every num_shards-th chunk
     mine = [i for i in range(len(files)) if not by_file or i % num_shards == shard_index]
     at_file, at_chunk = part.record["file"], part.record["chunk"]
-    if at_file or at_chunk:
-        print(f"going on at chunk {at_chunk} of {files[at_file].path}: {part.tokens():,} tokens are done", flush=True)
+    if at_chunk:
+        print(f"going on behind chunk {at_chunk} of {files[at_file].path}: {part.tokens():,} tokens are done", flush=True)
     work = partial(encode_chunk, tokenizer=part.record["settings"]["tokenizer"], dtype=part.dtype, share=shares(files),
                    text_key=text_key, max_bytes=max_document_mb << 20)
     n_workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    most = 2 * n_workers + 4  # chunks in flight
-    pending, in_flight = deque(), 0
-    progress = Progress(part, sum(files[i].size for i in mine))
-    seen = sum(files[i].size for i in mine if i < at_file)
+    most, in_flight, pending = 2 * n_workers + 4, 0, deque()
+    progress, seen = Progress(part, sum(files[i].size for i in mine)), 0
 
     def take():
-        size, future, *after = pending.popleft()
-        result = future.result()
-        part.add(result, *after)
-        progress(result.size, after[-1])
+        size, future, *place = pending.popleft()
+        part.add(*future.result(), *place[:3])
+        progress(size, place[3])
         return size
 
-    # forked workers share what is imported and the vocabulary; no thread of ours runs yet
+    # fork: workers share what is imported and the vocabulary; no thread of ours runs yet
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(n_workers, mp_context=context, initializer=start_worker) as pool:
-        try:
-            for i in mine:
-                if i < at_file or stop.signal:
-                    continue
-                for number, chunk in enumerate(read_chunks(files[i]), 1):
-                    if stop.signal:
-                        break
-                    if i == at_file and number <= at_chunk or not by_file and (i + number) % num_shards != shard_index:
-                        continue
-                    size = len(chunk.data) if chunk.kind != "parquet" else sum(len(str(text)) for text in chunk.data)
-                    while pending and (len(pending) >= most or in_flight + size > most * CHUNK):
-                        in_flight -= take()
-                    pending.append((size, pool.submit(work, chunk), i, number, chunk.path, seen + chunk.seen * files[i].size))
-                    in_flight += size
-                seen += files[i].size
-        finally:  # also where a file turned out to be damaged
-            while pending:
-                take()
-            part.save()
-            progress.line()
-    if not stop.signal:
-        part.finish()
+    try:
+        with ProcessPoolExecutor(n_workers, mp_context=context, initializer=start_worker) as pool:
+            try:
+                for i in mine:
+                    for number, chunk in enumerate(read_chunks(files[i]) if i >= at_file else (), 1):
+                        if stop.signal:
+                            return
+                        if i == at_file and number <= at_chunk or not by_file and (i + number) % num_shards != shard_index:
+                            continue
+                        progress.begin(seen + files[i].size * chunk.seen)
+                        size = len(chunk.data) if chunk.kind != "parquet" else sum(len(str(text)) for text in chunk.data)
+                        while pending and (len(pending) >= most or in_flight + size > most * CHUNK):
+                            in_flight -= take()
+                        pending.append((size, pool.submit(work, chunk), i, number, files[i].path, seen + files[i].size * chunk.seen))
+                        in_flight += size
+                    seen += files[i].size
+            finally:  # also at a signal, and at a file that turns out to be damaged
+                while pending:
+                    take()
+                part.save()
+                progress.line(end="\n")
+    except BrokenProcessPool:
+        print("prepare_pile.py: a worker was killed (out of memory? lower --workers); the same command goes on", file=sys.stderr)
+        raise SystemExit(1) from None
+    part.finish()
 
 
 def start_worker():
@@ -502,176 +475,163 @@ def start_worker():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-class Part:
-    """What one process writes: token files, and a record of them and of the place in the input they reach to.
+class Progress:
+    """A line now and then: share of the input, tokens, speed since this process began to encode, time left by bytes of input."""
 
-    The record is the truth, replaced whole at every safe point: after a kill the files are cut back to it. A file is called
-    .bin.tmp until it is full and the record says so.
+    def __init__(self, part, total):
+        self.part, self.total, self.bytes, self.seen, self.started = part, total, 0, 0.0, None
+        self.tty, self.last = sys.stderr.isatty(), time.monotonic()
+
+    def begin(self, seen):
+        self.started = self.started or (time.monotonic(), self.part.tokens(), seen)
+
+    def __call__(self, size, seen):
+        self.bytes, self.seen = self.bytes + size, seen
+        if time.monotonic() - self.last > (0.5 if self.tty else 10):
+            self.line("\r" if self.tty else "\n")
+
+    def line(self, end):
+        self.last = time.monotonic()
+        if self.bytes:
+            start, tokens, seen = self.started
+            seconds = self.last - start
+            left = seconds * (self.total - self.seen) / max(self.seen - seen, 1)
+            print(f"{self.seen / max(self.total, 1):6.1%}  {self.part.tokens():,} tokens  "
+                  f"{(self.part.tokens() - tokens) / seconds / 1e6:.2f} M tokens/s  {self.bytes / seconds / 1e6:.1f} MB/s  "
+                  f"{time_left(left)} left   ", end=end, file=sys.stderr, flush=True)
+
+# ------------------------------------------------------------------------------------------------------ tokens to files
+
+class Part:
+    """What one process writes: token files, and a record of them and of the place in the input that they reach to.
+
+    The record is the truth, and is replaced whole at every safe point; after a kill the files are cut back to it. A file
+    is called .bin.tmp until it is full and the record says so.
     """
 
     def __init__(self, folder, made_with, dtype, files):
-        self.folder, self.dtype, self.files = folder, dtype, files
+        self.folder, self.dtype, self.inputs = folder, dtype, files
         self.path = os.path.join(folder, f"part_{shard_index:05d}.json")
         self.open, self.saved = {}, time.monotonic()
         for stray in glob.glob(glob.escape(self.path) + ".tmp*"):
             os.unlink(stray)
-        if os.path.exists(self.path):
-            with open(self.path, encoding="utf-8") as file:
-                self.record = json.load(file)
-            if self.record["sizes"] != self.sizes():
-                raise ValueError(f"files of --source={source} that were read already have changed since: delete {folder} to begin anew")
-        else:
-            self.record = {"settings": made_with, "done": False, "file": 0, "chunk": 0, "bad_records": {},
-                           "splits": {split: {"tokens": 0, "documents": 0, "files": []} for split in SPLITS}}
+        self.record = read_json(self.path) if os.path.exists(self.path) else {
+            "settings": made_with, "done": False, "file": 0, "chunk": 0, "sizes": 0, "bad_records": {},
+            "splits": {split: {"tokens": 0, "documents": 0, "files": []} for split in SPLITS}}
+        if self.record["sizes"] != self.sizes():
+            raise ValueError(f"files of --source={source} that were read already have changed: delete {folder} to begin anew")
         self.name_full_files()
-        for split in SPLITS:
-            for shard in self.record["splits"][split]["files"]:
-                path = os.path.join(folder, shard["name"]) + ("" if self.is_full(shard) else ".tmp")
-                size = shard["tokens"] * np.dtype(dtype).itemsize
-                if not os.path.exists(path) or os.path.getsize(path) < size:
-                    raise ValueError(f"{path} is missing or shorter than {self.path} says: delete {folder} to begin anew")
-                if not self.is_full(shard):
-                    self.open[split] = open(path, "r+b")
-                    self.open[split].truncate(size)
-                    self.open[split].seek(size)
+        for split, shard in self.shards():
+            path, size = os.path.join(folder, shard["name"]), shard["tokens"] * np.dtype(dtype).itemsize
+            path += "" if self.is_full(shard) else ".tmp"
+            if not os.path.exists(path) or os.path.getsize(path) < size:
+                raise ValueError(f"{path} is missing or shorter than {self.path} says: delete {folder} to begin anew")
+            if not self.is_full(shard):
+                self.open[split] = open(path, "r+b")  # noqa: SIM115
+                self.open[split].truncate(size)
+                self.open[split].seek(size)
+
+    def shards(self):
+        return [(split, shard) for split in SPLITS for shard in self.record["splits"][split]["files"]]
 
     def is_full(self, shard):
         return shard["tokens"] >= shard_tokens or self.record["done"]
 
     def sizes(self):
-        """Checksum of the sizes of the files that were read to their ends."""
-        return f"{zlib.crc32(repr([file.size for file in self.files[:self.record['file']]]).encode()):08x}"
+        """Checksum of the sizes of the input files that are done with."""
+        return zlib.crc32(repr([file.size for file in self.inputs[:self.record["file"]]]).encode()) if self.record["file"] else 0
 
     def tokens(self):
         return sum(split["tokens"] for split in self.record["splits"].values())
 
-    def add(self, encoded, file, chunk, path, seen):
-        """Appends what came of chunk number `chunk` of files[file]."""
-        for split, documents in encoded.documents.items():
-            self.record["splits"][split]["documents"] += documents
-        for split, ids in encoded.ids.items():
-            self.append(split, ids)
-        for reason, (count, numbers) in encoded.bad.items():
-            bad = self.record["bad_records"].setdefault(reason, {"count": 0, "first": []})
-            bad["count"] += count
-            bad["first"] += [f"{path}:{number}" for number in numbers][:NAMED - len(bad["first"])]
+    def add(self, encoded, bad, file, chunk, path):
+        """Appends what came of chunk number `chunk` of inputs[file]."""
+        for split, (documents, ids) in encoded.items():
+            mine = self.record["splits"][split]
+            if split not in self.open:
+                part = f"part{shard_index:03d}_" if num_shards > 1 else ""
+                mine["files"].append({"name": f"{split}_{part}{len(mine['files']):05d}.bin", "tokens": 0, "crc32": "00000000"})
+                self.open[split] = open(os.path.join(self.folder, mine["files"][-1]["name"] + ".tmp"), "wb")  # noqa: SIM115
+            self.open[split].write(ids)
+            shard, tokens = mine["files"][-1], len(ids) // np.dtype(self.dtype).itemsize
+            shard["crc32"] = f"{zlib.crc32(ids, int(shard['crc32'], 16)):08x}"
+            shard["tokens"] += tokens
+            mine["tokens"] += tokens
+            mine["documents"] += documents
+        for reason, (count, numbers) in bad.items():
+            add_bad(self.record, reason, count, [f"{path}:{number}" for number in numbers])
         self.record["file"], self.record["chunk"] = file, chunk
-        full = any(split["files"] and self.is_full(split["files"][-1]) for split in self.record["splits"].values())
+        full = any(self.is_full(self.record["splits"][split]["files"][-1]) for split in self.open)
         if full or time.monotonic() - self.saved >= safe_interval:
             self.save()
 
-    def append(self, split, ids):
-        mine = self.record["splits"][split]
-        if split not in self.open:
-            part = f"part{shard_index:03d}_" if num_shards > 1 else ""
-            mine["files"].append({"name": f"{split}_{part}{len(mine['files']):05d}.bin", "tokens": 0, "crc32": "00000000"})
-            self.open[split] = open(os.path.join(self.folder, mine["files"][-1]["name"] + ".tmp"), "wb")
-        shard, tokens = mine["files"][-1], len(ids) // np.dtype(self.dtype).itemsize
-        self.open[split].write(ids)
-        shard["tokens"] += tokens
-        shard["crc32"] = f"{zlib.crc32(ids, int(shard['crc32'], 16)):08x}"
-        mine["tokens"] += tokens
-
     def save(self):
-        """A safe point: files, then the record, then the names of files that are full."""
+        """A safe point: the files, then the record, then the names of files that are full."""
         for file in self.open.values():
             file.flush()
             os.fsync(file.fileno())
-        save_json(self.path, self.record | {"sizes": self.sizes()})
+        self.record["sizes"] = self.sizes()
+        save_json(self.path, self.record)
         self.name_full_files()
         self.saved = time.monotonic()
 
     def name_full_files(self):
-        for split in SPLITS:
-            for shard in self.record["splits"][split]["files"]:
-                path = os.path.join(self.folder, shard["name"])
-                if self.is_full(shard) and os.path.exists(path + ".tmp"):
-                    if split in self.open:
-                        self.open.pop(split).close()
-                    os.replace(path + ".tmp", path)
+        for split, shard in self.shards():
+            path = os.path.join(self.folder, shard["name"])
+            if self.is_full(shard) and os.path.exists(path + ".tmp"):
+                os.replace(path + ".tmp", path)
+                if split in self.open:
+                    self.open.pop(split).close()
 
     def finish(self):
         if self.record["bad_records"] and not any(split["documents"] for split in self.record["splits"].values()):
             os.unlink(self.path)
-            raise ValueError(f"no document found, {bad_line(self.record)}")
+            raise ValueError("no documents; " + bad_line(self.record))
         self.record["done"] = True
         self.save()
 
 
 def merge(folder, made_with, about):
-    """Writes meta.json once all parts are done, the same whoever does it."""
-    parts, missing = [], []
-    for i in range(num_shards):
-        path = os.path.join(folder, f"part_{i:05d}.json")
-        record = {"done": False}
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                record = json.load(file)
-        parts.append(record)
-        missing += [] if record["done"] else [str(i)]
-    if missing:
-        print(f"part {shard_index} is done; meta.json follows when --shard_index={','.join(missing)} of --num_shards={num_shards} are too "
-              f"(other machines: copy their files into {folder}, then run any part again)")
-        return
-    meta = {"tokenizer": made_with["tokenizer"], **about, "checksum": "crc32", "splits": {}, "bad_records": {}, "settings": made_with}
+    """Writes meta.json if all parts are done; it is the same whoever does it."""
+    paths = [os.path.join(folder, f"part_{i:05d}.json") for i in range(num_shards)]
+    parts = [read_json(path) if os.path.exists(path) else {"done": False} for path in paths]
+    if missing := [str(i) for i, part in enumerate(parts) if not part["done"]]:
+        return print(f"part {shard_index} is done; not yet --shard_index={','.join(missing)}. If those run elsewhere, copy their files "
+                     f"into {folder} and run any part again")
+    meta = {"tokenizer": made_with["tokenizer"], **about, "source": source, "checksum": "crc32", "splits": {}, "bad_records": {},
+            "settings": made_with}
     for split in SPLITS:
-        mine = [record["splits"][split] for record in parts]
-        meta["splits"][split] = {"tokens": sum(m["tokens"] for m in mine), "documents": sum(m["documents"] for m in mine),
-                                 "files": [file for m in mine for file in m["files"]]}
-        for file in meta["splits"][split]["files"]:
-            path = os.path.join(folder, file["name"])
-            if not os.path.exists(path) or os.path.getsize(path) != file["tokens"] * np.dtype(about["dtype"]).itemsize:
-                raise ValueError(f"{path} is missing or not of the size its part record says: copy it again")
-    for record in parts:
-        for reason, bad in record["bad_records"].items():
-            all_bad = meta["bad_records"].setdefault(reason, {"count": 0, "first": []})
-            all_bad["count"] += bad["count"]
-            all_bad["first"] = (all_bad["first"] + bad["first"])[:NAMED]
-    if not sum(split["documents"] for split in meta["splits"].values()):
-        raise ValueError(f"{folder}: no document found in --source={source}")
+        mine = [part["splits"][split] for part in parts]
+        files = [file for m in mine for file in m["files"]]
+        for path, tokens in ((os.path.join(folder, file["name"]), file["tokens"]) for file in files):
+            if not os.path.exists(path) or os.path.getsize(path) != tokens * np.dtype(about["dtype"]).itemsize:
+                raise ValueError(f"{path} is missing or not as long as its part's record says: copy it again")
+        meta["splits"][split] = {"tokens": sum(m["tokens"] for m in mine), "documents": sum(m["documents"] for m in mine), "files": files}
+    for part in parts:
+        for reason, bad in part["bad_records"].items():
+            add_bad(meta, reason, bad["count"], bad["first"])
+    if not any(split["documents"] for split in meta["splits"].values()):
+        raise ValueError(f"{folder}: no documents in --source={source}")
     save_json(os.path.join(folder, "meta.json"), meta)
     print(f"{folder} is finished: {totals(meta)}")
-    if meta["bad_records"]:
-        print(bad_line(meta))
-    for split in SPLITS:
-        if not meta["splits"][split]["tokens"]:
-            print(f"note: the {split} split is empty" + (f": raise --{split}_fraction or give --{split}_source" if split != "train" else ""))
+    for line in [bad_line(meta)] * bool(meta["bad_records"]) + [f"note: the {s} split is empty" for s in SPLITS if not meta["splits"][s]["tokens"]]:
+        print(line)
+
+
+def add_bad(record, reason, count, places):
+    bad = record["bad_records"].setdefault(reason, {"count": 0, "first": []})
+    bad["count"] += count
+    bad["first"] = (bad["first"] + places)[:NAMED]
+
+
+def bad_line(record):
+    return "bad records, left out: " + "; ".join(
+        f"{bad['count']:,} {reason} ({', '.join(bad['first'])}{', ...' * (bad['count'] > len(bad['first']))})"
+        for reason, bad in record["bad_records"].items())
 
 
 def totals(meta):
     return ", ".join(f"{name} {split['tokens']:,} tokens of {split['documents']:,} documents" for name, split in meta["splits"].items())
-
-
-def bad_line(record):
-    return "bad records, left out: " + "; ".join(f"{bad['count']:,} {reason} ({', '.join(bad['first'])}{', ...' * (bad['count'] > len(bad['first']))})"
-                                                 for reason, bad in record["bad_records"].items())
-
-
-class Progress:
-    """A line now and then: share of the input, tokens, speed since this process began, time left by bytes of input."""
-
-    def __init__(self, part, total):
-        self.part, self.total, self.text, self.seen, self.first_seen = part, total, 0, 0.0, None
-        self.begin = self.last = time.monotonic()
-        self.first_tokens = part.tokens()
-        self.tty = sys.stderr.isatty()
-
-    def __call__(self, text, seen):
-        if self.first_seen is None:
-            self.first_seen, self.begin = seen, min(self.begin, time.monotonic())
-        self.text, self.seen = self.text + text, seen
-        if time.monotonic() - self.last > (0.5 if self.tty else 10):
-            self.last = time.monotonic()
-            self.line()
-
-    def line(self):
-        seconds = max(time.monotonic() - self.begin, 1e-9)
-        share = self.seen / max(self.total, 1)
-        left = seconds * (self.total - self.seen) / max(self.seen - (self.first_seen or 0), 1)
-        tokens = self.part.tokens()
-        print(f"{share:6.1%}  {tokens:,} tokens  {(tokens - self.first_tokens) / seconds / 1e6:.2f} M tokens/s  "
-              f"{self.text / seconds / 1e6:.1f} MB/s of text  {time_left(left)} left", file=sys.stderr,
-              end="\r" if self.tty and share < 1 else "\n", flush=True)
 
 
 if __name__ == "__main__":
