@@ -45,9 +45,10 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from batches import read_meta
-from common import StopSignal, input_errors, save_json, time_left
+from common import StopSignal, input_errors, save_json
 from configurator import configure
 
 try:
@@ -378,7 +379,7 @@ def text_of(record, kind, text_key, max_bytes):
 def parse(line):
     try:
         return loads(line)
-    except ValueError:  # orjson refuses lone surrogates, for one
+    except ValueError:  # orjson refuses lone surrogates
         return json.loads(line.decode())
 
 
@@ -414,9 +415,9 @@ def encode(texts, tokenizer):
 
 def encode_alone(enc, text, piece=50_000):
     try:
-        return enc.encode_ordinary(text)
+        return enc.encode(text, disallowed_special=())  # encode_ordinary, but an overflow is an exception, not a panic
     except ValueError:
-        return [i for start in range(0, len(text), piece) for i in enc.encode_ordinary(text[start:start + piece])]
+        return [i for start in range(0, len(text), piece) for i in enc.encode(text[start:start + piece], disallowed_special=())]
 
 # ------------------------------------------------------------------------------------------------------------ the work
 
@@ -430,13 +431,15 @@ def tokenise(part, files, stop):
     work = partial(encode_chunk, tokenizer=part.record["settings"]["tokenizer"], dtype=part.dtype, share=shares(files),
                    text_key=text_key, max_bytes=max_document_mb << 20)
     n_workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    most, in_flight, pending = 2 * n_workers + 4, 0, deque()
-    progress, seen = Progress(part, sum(files[i].size for i in mine)), 0
+    most, in_flight, pending, total = 2 * n_workers + 4, 0, deque(), sum(files[i].size for i in mine)
+    seen, bar, tokens = 0, None, part.tokens()
 
     def take():
-        size, future, *place = pending.popleft()
-        part.add(*future.result(), *place[:3])
-        progress(size, place[3])
+        size, future, seen, *place = pending.popleft()
+        part.add(*future.result(), *place)
+        speed = (part.tokens() - tokens) / bar.format_dict["elapsed"]
+        bar.set_postfix_str(f"{part.tokens():,} tokens, {speed / 1e6:.2f} M tokens/s", refresh=False)
+        bar.update(int(seen) - bar.n)
         return size
 
     # fork: workers share what is imported and the vocabulary; no thread of ours runs yet
@@ -450,18 +453,21 @@ def tokenise(part, files, stop):
                             return
                         if i == at_file and number <= at_chunk or not by_file and (i + number) % num_shards != shard_index:
                             continue
-                        progress.begin(seen + files[i].size * chunk.seen)
                         size = len(chunk.data) if chunk.kind != "parquet" else sum(len(str(text)) for text in chunk.data)
                         while pending and (len(pending) >= most or in_flight + size > most * CHUNK):
                             in_flight -= take()
-                        pending.append((size, pool.submit(work, chunk), i, number, files[i].path, seen + files[i].size * chunk.seen))
+                        here = seen + files[i].size * chunk.seen
+                        pending.append((size, pool.submit(work, chunk), here, i, number, files[i].path))
                         in_flight += size
+                        if bar is None:  # only now: what is skipped would pass for speed
+                            bar = tqdm(initial=int(here), total=total, unit="B", unit_scale=True, mininterval=1 if sys.stderr.isatty() else 10)
                     seen += files[i].size
             finally:  # also at a signal, and at a file that turns out to be damaged
                 while pending:
                     take()
                 part.save()
-                progress.line(end="\n")
+                if bar:
+                    bar.close()
     except BrokenProcessPool:
         print("prepare_pile.py: a worker was killed (out of memory? lower --workers); the same command goes on", file=sys.stderr)
         raise SystemExit(1) from None
@@ -473,32 +479,6 @@ def start_worker():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-class Progress:
-    """A line now and then: share of the input, tokens, speed since this process began to encode, time left by bytes of input."""
-
-    def __init__(self, part, total):
-        self.part, self.total, self.bytes, self.seen, self.started = part, total, 0, 0.0, None
-        self.tty, self.last = sys.stderr.isatty(), time.monotonic()
-
-    def begin(self, seen):
-        self.started = self.started or (time.monotonic(), self.part.tokens(), seen)
-
-    def __call__(self, size, seen):
-        self.bytes, self.seen = self.bytes + size, seen
-        if time.monotonic() - self.last > (0.5 if self.tty else 10):
-            self.line("\r" if self.tty else "\n")
-
-    def line(self, end):
-        self.last = time.monotonic()
-        if self.bytes:
-            start, tokens, seen = self.started
-            seconds = self.last - start
-            left = seconds * (self.total - self.seen) / max(self.seen - seen, 1)
-            print(f"{self.seen / max(self.total, 1):6.1%}  {self.part.tokens():,} tokens  "
-                  f"{(self.part.tokens() - tokens) / seconds / 1e6:.2f} M tokens/s  {self.bytes / seconds / 1e6:.1f} MB/s  "
-                  f"{time_left(left)} left   ", end=end, file=sys.stderr, flush=True)
 
 # ------------------------------------------------------------------------------------------------------ tokens to files
 
@@ -614,8 +594,10 @@ def merge(folder, made_with, about):
         raise ValueError(f"{folder}: no documents in --source={source}")
     save_json(os.path.join(folder, "meta.json"), meta)
     print(f"{folder} is finished: {totals(meta)}")
-    for line in [bad_line(meta)] * bool(meta["bad_records"]) + [f"note: the {s} split is empty" for s in SPLITS if not meta["splits"][s]["tokens"]]:
-        print(line)
+    if meta["bad_records"]:
+        print(bad_line(meta))
+    if empty := [split for split in SPLITS if not meta["splits"][split]["tokens"]]:
+        print(f"note: no document fell to {' and '.join(empty)}; --val_fraction, --test_fraction, --val_source, --test_source say which do")
 
 
 def add_bad(record, reason, count, places):
