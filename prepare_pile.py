@@ -94,6 +94,7 @@ def main():
         if os.path.exists(os.path.join(folder, "meta.json")):
             meta = read_meta(folder)
             refuse_other(folder, meta.get("settings", {}), made_with)
+            check_files(folder, meta, f"copy it again, or delete {folder} and run this again")
             return print(f"{folder} is finished, nothing to do: {totals(meta)}")
         vocab_size, eot = vocabulary(made_with["tokenizer"])
         about = {"vocab_size": vocab_size, "eot": eot, "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32"}
@@ -246,7 +247,7 @@ def hub_files(place):
         info = hub.HfApi().dataset_info(repo, files_metadata=True, timeout=10)
     except Exception as error:  # noqa: BLE001  of httpx, requests or huggingface_hub, as versions differ
         raise ValueError(f"{place} is no file or folder here, and the Hugging Face hub did not give it: {first_line(error)}") from None
-    return [Input("", f"hf://datasets/{repo}@{info.sha}/{file.rfilename}", file.rfilename, file.size or 0)
+    return [Input("", f"hf://datasets/{repo}@{info.sha}/{file.rfilename}", file.rfilename, file.size or 1)
             for file in sorted(info.siblings, key=lambda file: file.rfilename) if file.rfilename.startswith(below and below + "/")]
 
 # ------------------------------------------------------------------------------------------------------ files to chunks
@@ -350,7 +351,7 @@ def encode_chunk(chunk, tokenizer, dtype, share, text_key, max_bytes):
 
 def text_of(record, kind, text_key, max_bytes):
     """The text of a record, as str and as UTF-8. Raises ValueError with the reason why it has none."""
-    if record == OVERLONG or len(record or "") > 8 * max_bytes:
+    if record == OVERLONG:
         raise ValueError("longer than --max_document_mb")
     try:
         text = record if kind == "parquet" else record.decode() if kind == "txt" else parse(record)
@@ -437,7 +438,7 @@ def tokenise(part, files, stop):
     def take():
         size, future, seen, *place = pending.popleft()
         part.add(*future.result(), *place)
-        speed = (part.tokens() - tokens) / bar.format_dict["elapsed"]
+        speed = (part.tokens() - tokens) / max(bar.format_dict["elapsed"], 1e-9)
         bar.set_postfix_str(f"{part.tokens():,} tokens, {speed / 1e6:.2f} M tokens/s", refresh=False)
         bar.update(int(seen) - bar.n)
         return size
@@ -459,8 +460,9 @@ def tokenise(part, files, stop):
                         here = seen + files[i].size * chunk.seen
                         pending.append((size, pool.submit(work, chunk), here, i, number, files[i].path))
                         in_flight += size
-                        if bar is None:  # only now: what is skipped would pass for speed
-                            bar = tqdm(initial=int(here), total=total, unit="B", unit_scale=True, mininterval=1 if sys.stderr.isatty() else 10)
+                        if bar is None:  # only now, for what is skipped would pass for speed
+                            often = 0.5 if sys.stderr.isatty() else 10
+                            bar = tqdm(total=total, initial=int(here), unit="B", unit_scale=True, mininterval=often)
                     seen += files[i].size
             finally:  # also at a signal, and at a file that turns out to be damaged
                 while pending:
@@ -471,7 +473,8 @@ def tokenise(part, files, stop):
     except BrokenProcessPool:
         print("prepare_pile.py: a worker was killed (out of memory? lower --workers); the same command goes on", file=sys.stderr)
         raise SystemExit(1) from None
-    part.finish()
+    part.record["done"] = True
+    part.save()
 
 
 def start_worker():
@@ -563,12 +566,6 @@ class Part:
                 if split in self.open:
                     self.open.pop(split).close()
 
-    def finish(self):
-        if self.record["bad_records"] and not any(split["documents"] for split in self.record["splits"].values()):
-            os.unlink(self.path)
-            raise ValueError("no documents; " + bad_line(self.record))
-        self.record["done"] = True
-        self.save()
 
 
 def merge(folder, made_with, about):
@@ -582,22 +579,29 @@ def merge(folder, made_with, about):
             "settings": made_with}
     for split in SPLITS:
         mine = [part["splits"][split] for part in parts]
-        files = [file for m in mine for file in m["files"]]
-        for path, tokens in ((os.path.join(folder, file["name"]), file["tokens"]) for file in files):
-            if not os.path.exists(path) or os.path.getsize(path) != tokens * np.dtype(about["dtype"]).itemsize:
-                raise ValueError(f"{path} is missing or not as long as its part's record says: copy it again")
-        meta["splits"][split] = {"tokens": sum(m["tokens"] for m in mine), "documents": sum(m["documents"] for m in mine), "files": files}
+        meta["splits"][split] = {"tokens": sum(m["tokens"] for m in mine), "documents": sum(m["documents"] for m in mine),
+                                 "files": [file for m in mine for file in m["files"]]}
     for part in parts:
         for reason, bad in part["bad_records"].items():
             add_bad(meta, reason, bad["count"], bad["first"])
     if not any(split["documents"] for split in meta["splits"].values()):
-        raise ValueError(f"{folder}: no documents in --source={source}")
+        for path in paths:  # so that another try may have other settings
+            os.unlink(path)
+        raise ValueError(f"no documents in --source={source}" + (f"; {bad_line(meta)}" if meta["bad_records"] else ""))
+    check_files(folder, meta, "copy it again")
     save_json(os.path.join(folder, "meta.json"), meta)
     print(f"{folder} is finished: {totals(meta)}")
     if meta["bad_records"]:
         print(bad_line(meta))
     if empty := [split for split in SPLITS if not meta["splits"][split]["tokens"]]:
         print(f"note: no document fell to {' and '.join(empty)}; --val_fraction, --test_fraction, --val_source, --test_source say which do")
+
+
+def check_files(folder, meta, fix):
+    for split in meta["splits"].values():
+        for path, tokens in ((os.path.join(folder, file["name"]), file["tokens"]) for file in split["files"]):
+            if not os.path.exists(path) or os.path.getsize(path) != tokens * np.dtype(meta["dtype"]).itemsize:
+                raise ValueError(f"{path} is missing or not as long as it was: {fix}")
 
 
 def add_bad(record, reason, count, places):

@@ -333,6 +333,9 @@ def test_finished_is_left_alone_and_other_settings_are_refused(prepare, tmp_path
     assert status == 0 and "is finished, nothing to do" in output
     status, output = prepare(source=source, tokenizer="byte")
     assert status == 2 and "--tokenizer=tiny, not byte" in output and output.count("\n") == 1
+    os.truncate(tmp_path / "data" / "x" / "train_00000.bin", 10)
+    status, output = prepare(source=source, tokenizer="tiny")
+    assert status == 2 and "train_00000.bin is missing or not as long as it was" in output and output.count("\n") == 1
 
 
 def test_half_made_folder_refuses_other_settings_and_changed_files(prepare, tmp_path):
@@ -356,6 +359,22 @@ def test_half_made_folder_refuses_other_settings_and_changed_files(prepare, tmp_
     second.write_bytes(gzip.compress(damaged))  # repaired: goes on
     assert prepare(source=both, **NO_SPLIT)[0] == 0
     assert ids(folder, "train") == witness(texts_like_the_pile(200) * 2)
+
+
+def test_worker_killed(prepare, tmp_path):
+    """As by the kernel when memory is out: exit status 1, one line, and the next run goes on."""
+    source = write_jsonl(tmp_path / "a.jsonl", texts_like_the_pile(1500))
+    process = run_in_child(source)
+    wait_for_chunks(process, tmp_path / "data" / "killed" / "part_00000.json", 3)
+    workers = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not workers.exists():
+        process.kill()
+        pytest.skip("no /proc to find the workers in")
+    os.kill(int(workers.read_text().split()[0]), signal.SIGKILL)
+    process.join()
+    assert process.exitcode == 1
+    assert prepare(source=source, dataset="killed")[0] == 0
+    assert documents(tmp_path / "data" / "killed", "train")
 
 
 def test_second_process_on_the_same_part_is_refused(prepare, tmp_path):
@@ -425,7 +444,7 @@ def test_bad_records_are_counted_and_named(prepare, tmp_path):
 def test_no_documents(prepare, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["a", "b"])
     status, output = prepare(source=path, text_key="content")
-    assert status == 2 and f"no documents; bad records, left out: 2 no key 'content' ({path}:1, {path}:2)" in output
+    assert status == 2 and f"no documents in --source={path}; bad records, left out: 2 no key 'content' ({path}:1, {path}:2)" in output
     assert prepare(source=path, text_key="text")[0] == 0  # the wrong try is not in the way
     (tmp_path / "empty.jsonl").touch()
     status, output = prepare(source=tmp_path / "empty.jsonl", dataset="y")
@@ -457,9 +476,13 @@ def test_corrupt_archive_is_one_line(prepare, tmp_path, suffix, damage):
 
 def test_parquet_without_the_column(prepare, tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    pq.write_table(pa.table({"content": ["a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"content": ["a", None], "n": [1, 2]}), tmp_path / "a.parquet")
     status, output = prepare(source=tmp_path / "a.parquet")
-    assert status == 2 and "no column 'text' among content; --text_key names it" in output
+    assert status == 2 and "no column 'text' among content, n; --text_key names it" in output
+    status, output = prepare(source=tmp_path / "a.parquet", dataset="y", text_key="n")
+    assert status == 2 and "2 'n' is not a string" in output
+    status, output = prepare(source=tmp_path / "a.parquet", dataset="y", text_key="content")
+    assert status == 0 and f"1 'content' is not a string ({tmp_path / 'a.parquet'}:2)" in output
 
 
 @pytest.mark.parametrize("settings, line", [
