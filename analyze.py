@@ -30,7 +30,7 @@ device = "auto"             # where the spectra are computed: auto, cpu, cuda
 figure = True               # draw heads.png and heads.pdf (needs matplotlib)
 
 
-def head_rows(checkpoint, device, progress):
+def head_rows(checkpoint, device):
     """The rows of heads.csv for one checkpoint, dicts. Raises ValueError naming checkpoint, layer and product."""
     rows = []
     for layer in checkpoint.attention_layers():
@@ -40,9 +40,9 @@ def head_rows(checkpoint, device, progress):
             except ValueError as error:
                 raise ValueError(f"{checkpoint.path}: layer {layer.layer}, {product}: {error}") from None
             for head in range(len(layer.W_Q)):
-                rows.append({"checkpoint": checkpoint.path, "step": checkpoint.step, "stack": layer.stack, "layer": layer.layer, "head": head,
-                             "product": product, "d_head": layer.W_Q.shape[-2], **{name: values[head] for name, values in table.items()}})
-        progress.set_postfix_str(f"{checkpoint.path} layer {layer.layer}")
+                rows.append({"checkpoint": checkpoint.path, "step": checkpoint.step, "stack": layer.stack, "layer": layer.layer,
+                             "head": head, "product": product, "d_head": layer.W_Q.shape[-2],
+                             **{name: values[head] for name, values in table.items()}})
     return rows
 
 
@@ -88,10 +88,11 @@ def mean(rows, column):
 
 
 def by_layer(rows):
-    """[(label, rows)] per stack, layer and product, then the mean of all per product."""
-    keys = sorted({(row["stack"], row["layer"], row["product"]) for row in rows}, key=lambda key: (key[0], key[1], key[2] != "qk"))
-    groups = [(f"{key[0]} layer {key[1]} {key[2]}".strip(), [r for r in rows if (r["stack"], r["layer"], r["product"]) == key]) for key in keys]
-    return groups + [(f"all {product}", [r for r in rows if r["product"] == product]) for product in ("qk", "ov")]
+    """{label: rows} per stack, layer and product, then all of each product."""
+    groups = {}
+    for row in rows:  # in order of layer, qk before ov
+        groups.setdefault(f"{row['stack']} layer {row['layer']} {row['product']}".strip(), []).append(row)
+    return {**groups, **{f"all {product}": [row for row in rows if row["product"] == product] for product in ("qk", "ov")}}
 
 
 def print_table(run, step, rows):
@@ -99,17 +100,18 @@ def print_table(run, step, rows):
     columns = [rank_name(threshold), "stable_rank", "effective_rank", "nuclear", "half_sq_norm", "gap", "imbalance"]
     print(f"\n{run}{f', step {step}' if step >= 0 else ''}: means over heads of width {rows[0]['d_head']}")
     print(f"{'':14}" + "".join(f"{name:>16}" for name in columns))
-    for label, group in by_layer(rows):
+    for label, group in by_layer(rows).items():
         print(f"{label:14}" + "".join(f"{mean(group, name):16.3f}" for name in columns))
 
 
 def print_trajectory(run, checkpoints):
     """Several checkpoints of one run: the threshold rank over training."""
     rank = rank_name(threshold)
-    print(f"\n{run} over training, means over heads and layers\n{'step':>14}{f'{rank} qk':>16}{f'{rank} ov':>16}{'gap qk':>16}{'gap ov':>16}")
+    columns = ("step", f"{rank} qk", f"{rank} ov", "gap qk", "gap ov")
+    print(f"\n{run} over training, means over heads and layers\n" + "".join(f"{name:>14}" for name in columns))
     for step, rows in checkpoints:
         qk, ov = ([r for r in rows if r["product"] == product] for product in ("qk", "ov"))
-        print(f"{step:14}{mean(qk, rank):16.2f}{mean(ov, rank):16.2f}{mean(qk, 'gap'):16.3f}{mean(ov, 'gap'):16.3f}")
+        print(f"{step:14}{mean(qk, rank):14.2f}{mean(ov, rank):14.2f}{mean(qk, 'gap'):14.3f}{mean(ov, 'gap'):14.3f}")
 
 
 def print_side_by_side(runs):
@@ -117,9 +119,10 @@ def print_side_by_side(runs):
     rank, names = rank_name(threshold), list(runs)
     width = max(16, *(len(name) + 2 for name in names))
     print(f"\n{rank} side by side, means over heads\n{'':14}" + "".join(f"{name:>{width}}" for name in names))
-    tables = [dict(by_layer(checkpoints[-1][1])) for checkpoints in runs.values()]
+    tables = [by_layer(checkpoints[-1][1]) for checkpoints in runs.values()]
     for label in tables[0]:
-        print(f"{label:14}" + "".join(f"{mean(table[label], rank):{width}.2f}" if label in table else f"{'-':>{width}}" for table in tables))
+        cells = [f"{mean(table[label], rank):.2f}" if label in table else "-" for table in tables]
+        print(f"{label:14}" + "".join(f"{cell:>{width}}" for cell in cells))
     results = []
     for name in names:
         path = os.path.join(os.path.dirname(runs[name][-1][1][0]["checkpoint"]), "result.json")
@@ -127,7 +130,8 @@ def print_side_by_side(runs):
     for key in ("attn_wd", "mlp_wd", "decay_time_constants", "test_loss", "test_ppl", "test_acc"):
         if any(key in result for result in results):
             label = {"decay_time_constants": "sum(lr)*attn_wd"}.get(key, key)
-            print(f"{label:14}" + "".join(f"{result[key]:{width}.4g}" if key in result else f"{'-':>{width}}" for result in results))
+            cells = [f"{result[key]:.4g}" if key in result else "-" for result in results]
+            print(f"{label:14}" + "".join(f"{cell:>{width}}" for cell in cells))
 
 # ------------------------------------------------------------------------------------------------------------------ main
 
@@ -149,7 +153,7 @@ def main(paths):
         with tqdm(total=total, unit="checkpoint", disable=None) as progress:
             for checkpoint in open_all(paths, n_head):
                 run = run_of(checkpoint.path)
-                rows = head_rows(checkpoint, world.device, progress)
+                rows = head_rows(checkpoint, world.device)
                 runs.setdefault(run, []).append((checkpoint.step, rows))
                 heads += rows
                 norms += norm_rows(checkpoint, previous if previous and run_of(previous.path) == run else None)

@@ -90,7 +90,8 @@ class TokenSplit:
 
     def fingerprint(self):
         """What tells one prepared data set from another: its tokenizer and the checksum of its files' checksums."""
-        files = [(split, f["name"], f["tokens"], f.get("crc32")) for split, entry in sorted(self.meta["splits"].items()) for f in entry["files"]]
+        files = [(split, file["name"], file["tokens"], file.get("crc32"))
+                 for split, entry in sorted(self.meta["splits"].items()) for file in entry["files"]]
         return f"{self.meta['tokenizer']} {zlib.crc32(json.dumps(files).encode()):08x}"
 
 

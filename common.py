@@ -9,6 +9,7 @@ import platform
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from typing import NamedTuple
 
@@ -109,7 +110,7 @@ def peak_flops(device, dtype):
     n = 2048 if device.type == "cpu" else 8192
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = math.inf
-    for _ in range(4):
+    for _ in range(3):
         start = time.perf_counter()
         a @ a
         synchronize(device)
@@ -154,21 +155,23 @@ def load(path, device="cpu", mmap=False):
     mmap: leave the tensors on disk until they are used (where the format allows; those of torch before 1.6 do not).
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
+        with open(path, "rb"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks about foreign pickles
+            return torch.load(path, map_location=device, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
     except Exception as error:  # torch raises a dozen kinds for truncated, foreign and malicious files
-        raise ValueError(f"{path}: not a checkpoint of plain tensors ({str(error).splitlines()[0][:150]})") from None
-
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
+        raise ValueError(f"{path}: truncated, or not a checkpoint of plain tensors ({reason})") from None
 
 # ---------------------------------------------------------------------------------------------------------- logs, signals
 
 class RunLog:
     """`out_dir/log.jsonl`, one object a line, and wandb where asked for. Only the first process has one that writes."""
 
-    def __init__(self, out_dir, keep_bytes, settings, wandb_project="", wandb_name="", wandb_id="", source=()):
+    def __init__(self, out_dir, keep_bytes, settings, wandb_project="", wandb_name="", wandb_id="", source="."):
         """keep_bytes: the log's size when the checkpoint that is resumed was written; what came after it is redone, so cut.
-        wandb_project: empty for no wandb; wandb_id: of the run to continue; source: files logged with the run."""
+        wandb_project: empty for no wandb; wandb_id: of the run to continue; source: the folder of the code to log with it."""
         self.path = os.path.join(out_dir, "log.jsonl")
         self.wandb, self.wandb_id = None, ""
         with open(self.path, "ab") as file:
@@ -181,10 +184,8 @@ class RunLog:
             self.wandb = wandb.init(project=wandb_project, name=wandb_name, config=settings, dir=out_dir,
                                     id=wandb_id or None, resume="allow" if wandb_id else None)
             self.wandb_id = self.wandb.id
-            code = wandb.Artifact(f"source-{self.wandb_id}", type="code")
-            for path in source:
-                code.add_file(path)
-            self.wandb.log_artifact(code)
+            self.wandb.define_metric("*", step_metric="step")
+            self.wandb.log_code(source)
 
     def size(self):
         return os.path.getsize(self.path)

@@ -190,6 +190,6 @@ def usage(settings, positional=""):
         default = f'"{default}"' if isinstance(default, str) else default
         rows.append(f"  --{name}={default}".ljust(34) + "  " + comments.get(line, ""))
         last = line
-    doc = (settings.get("__doc__") or "").strip("\n")
-    return f"{doc}\n\nusage: python {os.path.basename(settings['__file__'])} [config/x.py ...] [--setting=value ...] {positional}".rstrip() \
-        + "\n\nsettings:\n" + "\n".join(rows) + "\n"
+    doc, script = (settings.get("__doc__") or "").strip("\n"), os.path.basename(settings["__file__"])
+    use = f"usage: python {script} [config/x.py ...] [--setting=value ...] {positional}".rstrip()
+    return "\n".join([doc, "", use, "", "settings:", *rows, ""])

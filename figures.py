@@ -41,10 +41,10 @@ def heads(path):
                 last = [row for row in run if row["checkpoint"] == run[-1]["checkpoint"]]
                 layers = sorted({(row.get("stack", ""), int(row["layer"])) for row in last})
                 n_head = 1 + max(int(row["head"]) for row in last)  # heads of a layer stand side by side, runs too
-                x = [layers.index((row.get("stack", ""), int(row["layer"]))) + 0.8 * ((i + (int(row["head"]) + 0.5) / n_head) / len(runs) - 0.5)
-                     for row in last]
-                axes[0, column].scatter(x, [float(row[rank]) for row in last], s=max(3, 40 / len(layers)**0.5 / len(runs)**0.5), color=colour,
-                                        marker=marker, alpha=0.8, linewidth=0, label=name)
+                within = [0.8 * ((i + (int(row["head"]) + 0.5) / n_head) / len(runs) - 0.5) for row in last]
+                x = [layers.index((row.get("stack", ""), int(row["layer"]))) + shift for row, shift in zip(last, within)]
+                axes[0, column].scatter(x, [float(row[rank]) for row in last], s=max(3, 40 / (len(layers) * len(runs))**0.5),
+                                        color=colour, marker=marker, alpha=0.8, linewidth=0, label=name)
                 steps = sorted({int(row["step"]) for row in run})
                 if trained:
                     at = [[float(row[rank]) for row in run if int(row["step"]) == step] for step in steps]

@@ -239,9 +239,10 @@ def main():
         if first:
             here, source = os.path.dirname(os.path.abspath(__file__)), os.path.join(out_dir, "source")
             os.makedirs(source, exist_ok=True)
-            files = [shutil.copy(path, source) for path in glob.glob(os.path.join(here, "*.py"))]
+            for path in glob.glob(os.path.join(here, "*.py")):
+                shutil.copy(path, source)
             log = RunLog(out_dir, past["log_bytes"], settings, wandb_project if wandb_log else "", wandb_run_name or out_dir,
-                         past["wandb_id"], files)
+                         past["wandb_id"], source)
 
     accumulation = total_batch_size // (batch_size * world.size)
     tokens_per_step = total_batch_size * block_size

@@ -1,0 +1,120 @@
+"""The settings block as a command line: types, order, help, and every error."""
+import pathlib
+import types
+
+import pytest
+
+from configurator import configure, current, read_config, script_settings
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+SCRIPT = '''"""What it is for."""
+# run
+out_dir = "out"      # folder of the run
+steps = 100          # how many
+lr = 1e-3            # peak
+fast = False         # or slow
+device = "auto"      # where
+# not settings
+CONSTANT = 3
+_private = 4
+computed = len("abc")
+'''
+
+
+@pytest.fixture
+def settings(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    module = types.ModuleType("script")
+    module.__file__ = str(path)
+    exec(compile(SCRIPT, str(path), "exec"), module.__dict__)
+    return module.__dict__
+
+
+@pytest.mark.parametrize("argv, name, value", [
+    (["--steps=5"], "steps", 5), (["--steps", "5"], "steps", 5), (["--steps=1e5"], "steps", 100_000), (["--steps=-1"], "steps", -1),
+    (["--steps=600*4"], "steps", 2400), (["--lr=3"], "lr", 3.0), (["--lr=1e-3/2"], "lr", 5e-4), (["--lr", "-2.5"], "lr", -2.5),
+    (["--lr=inf"], "lr", float("inf")), (["--fast"], "fast", True), (["--fast=true"], "fast", True), (["--fast", "false"], "fast", False),
+    (["--fast=0"], "fast", False), (["--out-dir=x y"], "out_dir", "x y"), (["--out_dir", "x"], "out_dir", "x"), (["--out_dir="], "out_dir", ""),
+    (["--out_dir=3"], "out_dir", "3"), (["--device"], "device", "true"), (["--device", "cuda"], "device", "cuda"),
+    (["--steps=1", "--steps=2"], "steps", 2),
+])
+def test_flags(settings, argv, name, value):
+    assert configure(settings, argv=argv) == []
+    assert settings[name] == value and type(settings[name]) is type(value)
+
+
+def test_the_settings_are_the_public_literals(settings):
+    assert script_settings(settings) == {"out_dir": "out", "steps": 100, "lr": 1e-3, "fast": False, "device": "auto"}
+    settings["steps"] = 7
+    assert current(settings)["steps"] == 7
+
+
+def test_files_and_flags_apply_left_to_right(settings, tmp_path):
+    (tmp_path / "a.py").write_text('"""An experiment."""\nsteps = 2 * 3\nlr = 1\n')
+    (tmp_path / "b.py").write_text("steps = 8  # more\n")
+    configure(settings, argv=[str(tmp_path / "a.py"), str(tmp_path / "b.py"), "--lr=2"])
+    assert (settings["steps"], settings["lr"]) == (8, 2.0)
+    configure(settings, argv=["--steps=1", str(tmp_path / "a.py")])
+    assert settings["steps"] == 6
+
+
+def test_other_arguments_are_returned(settings):
+    assert configure(settings, positional="CKPT", argv=["a.pt", "--fast", "b.pt", "--", "--c.pt"]) == ["a.pt", "b.pt", "--c.pt"]
+    assert settings["fast"] is True
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--step=5"], ["--step", "did you mean steps"]), (["--zzzzzz=1"], ["zzzzzz", "--help"]), (["--CONSTANT=1"], ["unknown"]),
+    (["--_private=1"], ["unknown"]), (["--computed=1"], ["unknown"]), (["--steps=abc"], ["--steps", "an int", "'abc'"]),
+    (["--steps=1.5"], ["--steps", "an int", "1.5"]), (["--steps=True"], ["an int"]), (["--steps=2**9"], ["an int"]),
+    (["--steps=1//0"], ["an int"]), (["--steps=nan"], ["an int"]), (["--lr=nan"], ["a float"]), (["--lr=x"], ["a float", "'x'"]),
+    (["--lr=__import__('os')"], ["a float"]), (["--fast=maybe"], ["true or false", "'maybe'"]), (["--steps"], ["--steps needs a value"]),
+    (["--steps", "--fast"], ["--steps needs a value"]), (["stray"], ["unexpected argument 'stray'"]), (["no/such.py"], ["no/such.py"]),
+    (["--="], ["unknown"]), (["--lr=" + "9" * 400], ["a float"]), (["--lr=" + "(" * 300], ["a float"]),
+])
+def test_wrong_input_is_one_line_and_exit_2(settings, argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        configure(settings, argv=argv)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and all(word in lines[0] for word in words), lines
+
+
+@pytest.mark.parametrize("text, words", [
+    ("stesp = 3", ["config.py:1", "did you mean steps"]), ("steps = 'x'", ["config.py:1", "an int"]), ("steps = None", ["an int"]),
+    ("import os", ["config.py:1", "import os"]), ("steps = int(3)", ["config.py:1"]), ("steps: int = 3", ["config.py:1"]),
+    ("steps = = 3", ["config.py", "line 1"]), ("steps = 3\nwhile True: pass", ["config.py:2"]), ("fast = 1", ["true or false"]),
+    ("steps = 3\x00", ["config.py"]), ("steps = '\ud800'".encode("utf-8", "surrogatepass"), ["config.py"]),
+])
+def test_wrong_config_files(settings, text, words, tmp_path, capsys):
+    path = tmp_path / "config.py"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SystemExit) as stop:
+        configure(settings, argv=[str(path)])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and all(word in lines[0] for word in words), lines
+
+
+def test_help_has_docstring_defaults_comments_and_banners(settings, capsys):
+    with pytest.raises(SystemExit) as stop:
+        configure(settings, argv=["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for words in ("What it is for.", '--out_dir="out"', "folder of the run", "--lr=0.001", "peak"):
+        assert words in text
+    assert "CONSTANT" not in text
+
+
+def script_of(config):
+    """The script that a config's launch line names."""
+    line = next(line for line in config.read_text().splitlines() if ".py config/" in line)
+    return next(word for word in line.split() if word.endswith(".py"))
+
+
+@pytest.mark.parametrize("config", sorted((REPO / "config").glob("*.py")), ids=lambda path: path.name)
+def test_every_config_fits_its_script(config):
+    script = REPO / script_of(config)
+    settings = {"__file__": str(script), **script_settings({"__file__": str(script)})}
+    names = [name for name, _, _ in read_config(str(config))]
+    configure(settings, argv=[str(config)])
+    assert len(names) == len(set(names)) > 0

@@ -1,0 +1,269 @@
+"""Runs of train_lm.py against each other: straight, resumed, killed, on two processes; and what it refuses."""
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPO, TINY, assert_same_weights, environment, flags, load, one_line_exit_2, script, write_data
+
+import train_lm
+from model import load_gpt
+
+
+def test_import_set_main(train, tmp_path):
+    result = train(tmp_path / "a", max_iters=2)
+    assert result["steps"] == 2 and result["tokens"] == 2 * 4 * 32 and result["attn_wd"] == 1.0
+    assert result["test_ppl"] == pytest.approx(math.exp(result["test_loss"]))
+
+
+def test_losses_are_those_of_the_saved_model(train, tmp_path, data_dir):
+    """Train loss of the last step and whole-split test loss, computed again from scratch."""
+    result = train(tmp_path, max_iters=5, log_interval=1, snapshot_steps="4")
+    from batches import TokenSplit
+    x, y = TokenSplit(str(data_dir / "text"), "train", 32).sample(train_lm.seed, 4 * 4, 4)
+    loss = load_gpt(load(tmp_path / "step_0000004.pt"))(torch.tensor(x), torch.tensor(y))[1].item()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert next(line["train_loss"] for line in lines if line["step"] == 4 and "train_loss" in line) == pytest.approx(loss, rel=1e-6)
+    tokens = torch.tensor(list((data_dir / "text" / "test_00000.bin").read_bytes()[::2]))
+    model, total = load_gpt(load(tmp_path / "ckpt.pt")), 0.0
+    for i in range(0, len(tokens) - 1, 32):
+        x, y = tokens[i:i + 32], tokens[i + 1:i + 33]
+        total += torch.nn.functional.cross_entropy(model(x[None, :len(y)])[0][0], y, reduction="sum").item()
+    assert result["test_loss"] == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon"])
+def test_twenty_steps_are_ten_and_ten(train, tmp_path, optimizer):
+    """Bitwise, with dropout and accumulation: weights, optimizer state, log and result."""
+    same = {"optimizer": optimizer, "dropout": 0.1, "total_batch_size": 8}
+    straight = train(tmp_path / "straight", **same)
+    train(tmp_path / "cut", **same, snapshot_steps="10")
+    first = load(tmp_path / "cut" / "ckpt.pt")
+    os.remove(tmp_path / "cut" / "ckpt.pt")
+    with pytest.MonkeyPatch.context() as patch:  # stop at step 10, as a signal would
+        patch.setattr(train_lm.StopSignal, "anywhere", lambda self, world: stops.pop(0) if stops else signal.SIGTERM)
+        stops = [0] * 10
+        with pytest.raises(SystemExit) as stop:
+            train(tmp_path / "resumed", **same)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert load(tmp_path / "resumed" / "ckpt.pt")["iter_num"] == 10
+    resumed = train(tmp_path / "resumed", **same, init_from="resume")
+    assert_same_weights(tmp_path / "straight" / "ckpt.pt", tmp_path / "resumed" / "ckpt.pt")
+    a, b = (load(tmp_path / name / "ckpt.pt") for name in ("straight", "resumed"))
+    assert str(a["optimizer"]) == str(b["optimizer"]) == str(first["optimizer"])
+    for key in ("val_loss", "test_loss", "best_val_loss", "decay_time_constants"):
+        assert straight[key] == resumed[key]
+
+    def lines(name):
+        return [{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "mfu")}
+                for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    assert lines("straight") == lines("resumed")
+
+
+def command(out_dir, data_dir, *more, processes=0, **settings):
+    """The command line of a tiny run, under torchrun where processes are given."""
+    launcher = [sys.executable]
+    if processes:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    return [*launcher, "train_lm.py", *flags(**{**TINY, "data_dir": data_dir, "out_dir": out_dir, **settings}), *more]
+
+
+def test_two_processes_are_one(train, tmp_path, data_dir):
+    """Gradients accumulated and averaged over two gloo processes, evaluation shared: one process to 1e-6, at the paper's peak lr."""
+    one = train(tmp_path / "one", total_batch_size=16, batch_size=8, learning_rate=1e-3)
+    run = subprocess.run(command(tmp_path / "two", data_dir, processes=2, total_batch_size=16, batch_size=4, learning_rate=1e-3),
+                         cwd=REPO, env=environment(), capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "4 sequences * 2 processes * 2 micro-steps = 16" in run.stdout
+    two = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert_same_weights(tmp_path / "one" / "ckpt.pt", tmp_path / "two" / "ckpt.pt", tolerance=1e-6)
+    for key in ("val_loss", "test_loss", "best_val_loss"):
+        assert one[key] == pytest.approx(two[key], abs=1e-6)
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    for a, b in zip(*logs, strict=True):
+        for key in ("train_loss", "val_loss", "grad_norm"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5)
+
+
+def start_and_signal(args, number, delay_after, word="step 4:"):
+    """Starts a run, waits until it prints `word` and a moment more, sends the signal; returns (exit status, output)."""
+    process = subprocess.Popen(args, cwd=REPO, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out = ""
+    for line in process.stdout:
+        out += line
+        if word in line:
+            break
+    time.sleep(delay_after)
+    process.send_signal(number)
+    out += process.communicate(timeout=120)[0]
+    return process.returncode, out
+
+
+def test_killed_at_a_random_moment_and_resumed(train, tmp_path, data_dir):
+    train(tmp_path / "whole", max_iters=300, eval_interval=20)
+    code, out = start_and_signal(command(tmp_path / "killed", data_dir, max_iters=300, eval_interval=20), signal.SIGKILL, random.random())
+    assert code == -signal.SIGKILL, out
+    train(tmp_path / "killed", max_iters=300, eval_interval=20, init_from="auto")
+    assert_same_weights(tmp_path / "whole" / "ckpt.pt", tmp_path / "killed" / "ckpt.pt")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_resume(train, tmp_path, data_dir, number):
+    code, out = start_and_signal(command(tmp_path / "a", data_dir, max_iters=100_000, eval_interval=100_000), number, 0.1)
+    assert code == 128 + number and "--init_from=resume" in out and "Traceback" not in out
+    step = load(tmp_path / "a" / "ckpt.pt")["iter_num"]
+    assert f"at step {step}," in out and step > 4 and not (tmp_path / "a" / "result.json").exists()
+
+
+def test_max_iters_0_evaluates_saves_ends(train, tmp_path):
+    result = train(tmp_path, max_iters=0)
+    assert result["steps"] == 0 and result["test_loss"] == pytest.approx(math.log(320), abs=0.1)
+    assert load(tmp_path / "ckpt.pt")["iter_num"] == 0 and load(tmp_path / "ckpt.pt")["best_val_loss"] < 7
+
+
+def test_eval_only_changes_nothing(train, tmp_path, capsys):
+    result = train(tmp_path / "a")
+    before = (tmp_path / "a" / "ckpt.pt").read_bytes()
+    train(tmp_path / "b", init_from=str(tmp_path / "a" / "ckpt.pt"), eval_only=True)
+    assert json.loads((tmp_path / "b" / "eval.json").read_text())["test_loss"] == result["test_loss"]
+    assert sorted(os.listdir(tmp_path / "b")) == ["eval.json"]
+    train(tmp_path / "a", init_from="resume", eval_only=True)
+    assert (tmp_path / "a" / "ckpt.pt").read_bytes() == before
+
+
+def test_init_from_path_takes_weights_and_starts_at_step_0(train, tmp_path):
+    train(tmp_path / "a", max_iters=3)
+    old = load(tmp_path / "a" / "ckpt.pt")
+    torch.save({"model": {f"_orig_mod.{name}": p for name, p in old["model"].items()}, "model_args": old["model_args"], "iter_num": 3},
+               tmp_path / "nanogpt.pt")  # what nanoGPT leaves
+    train(tmp_path / "b", max_iters=0, init_from=str(tmp_path / "nanogpt.pt"), n_layer=7)
+    assert_same_weights(tmp_path / "a" / "ckpt.pt", tmp_path / "b" / "ckpt.pt")
+    assert load(tmp_path / "b" / "ckpt.pt")["config"]["n_layer"] == 2  # the model's, not the flag's
+
+
+def test_the_checkpoint_is_nanogpts_dict_of_plain_things(train, tmp_path):
+    train(tmp_path, snapshot_steps="every:10")
+    checkpoint = load(tmp_path / "ckpt.pt")
+    assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"} <= checkpoint.keys()
+    assert set(checkpoint["model_args"]) == {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"}
+
+    def plain(x):
+        if isinstance(x, dict):
+            return all(plain(y) for pair in x.items() for y in pair)
+        return all(map(plain, x)) if isinstance(x, (list, tuple)) else type(x) in (int, float, str, bool, type(None), torch.Tensor)
+    assert plain(checkpoint)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == [f"step_00000{i}0.pt" for i in (0, 1, 2)]
+    assert set(load(tmp_path / "step_0000010.pt")) == {"model", "model_args", "iter_num", "config"}
+
+
+def test_the_log_has_what_the_design_names(train, tmp_path):
+    train(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert all(isinstance(line["step"], int) for line in lines)
+    keys = {key for line in lines for key in line}
+    assert {"train_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "val_loss", "attn_rank95_qk", "attn_rank95_ov", "attn_gap_qk",
+            "attn_imbalance_ov", "norm_all", "norm_attn", "layer1_rank95_qk", "test_ppl"} <= keys
+    assert (tmp_path / "source" / "train_lm.py").read_text() == (REPO / "train_lm.py").read_text()
+
+
+def test_wandb_offline(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(tmp_path, max_iters=3, wandb_log=True)
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb")) and load(tmp_path / "ckpt.pt")["wandb_id"]
+
+
+def test_decay_of_attention_lowers_its_rank_and_nothing_else_differs(train, tmp_path):
+    """The paper's effect, small: same data and init, attn_wd 0 against 20, three and a half decay time constants."""
+    ranks = {}
+    for wd in (0.0, 20.0):
+        result = train(tmp_path / str(wd), max_iters=60, attn_wd=wd, learning_rate=5e-3, min_lr=5e-4)
+        lines = [json.loads(line) for line in (tmp_path / str(wd) / "log.jsonl").read_text().splitlines()]
+        ranks[wd] = [line["attn_rank95_qk"] for line in lines if "attn_rank95_qk" in line]
+    assert result["decay_time_constants"] > 3
+    assert ranks[0.0][0] == ranks[20.0][0] and ranks[20.0][-1] < 0.7 * ranks[0.0][-1]
+
+# ------------------------------------------------------------------------------------------------------ settings, schedule
+
+def test_defaults_are_the_papers(monkeypatch):
+    """PAPER section 3: context 756, batch 128, eps, betas, clipping, and the schedule's three points."""
+    published = {"block_size": 756, "total_batch_size": 128, "eps": 1e-8, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
+                 "learning_rate": 1e-3, "warmup_iters": 8000, "optimizer": "adamw", "dataset": "pile"}
+    assert {name: getattr(train_lm, name) for name in published} == published
+    lr = train_lm.get_lr
+    assert lr(0) == 1e-6 and lr(8000) == 1e-3 and lr(4000) == pytest.approx((1e-6 + 1e-3) / 2)
+    middle = (8000 + train_lm.max_iters) // 2
+    assert lr(train_lm.max_iters) == pytest.approx(1e-4) and lr(middle) == pytest.approx(5.5e-4)
+    text = script("train_lm.py", "--help").stdout
+    for name in published:
+        line = next(line for line in text.splitlines() if line.startswith(f"  --{name}="))
+        assert "P1" in line
+    assert "P1" not in next(line for line in text.splitlines() if line.startswith("  --attn_wd="))
+
+
+@pytest.mark.parametrize("text, steps", [("", set()), ("3,7", {3, 7}), ("every:10", {0, 10, 20, 25}), ("log:3", {0, 1, 5, 25})])
+def test_snapshot_steps(monkeypatch, text, steps):
+    monkeypatch.setattr(train_lm, "max_iters", 25)
+    assert train_lm.parse_steps(text) == steps
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"dataset": "nowhere"}, ["prepare_pile.py --dataset=nowhere"]), ({"batch_size": 3}, ["--total_batch_size=4", "3 * 1"]),
+    ({"device": "cuda:77"}, ["--device=cuda:77"]), ({"device": "toaster"}, ["--device=toaster"]), ({"dtype": "float8"}, ["--dtype=float8"]),
+    ({"dtype": "float16"}, ["--dtype=float16"]), ({"optimizer": "lion"}, ["--optimizer=lion"]), ({"compile": "perhaps"}, ["--compile=perhaps"]),
+    ({"init_from": "resume"}, ["ckpt.pt"]), ({"init_from": "nowhere.pt"}, ["nowhere.pt"]), ({"snapshot_steps": "often"}, ["--snapshot_steps=often"]),
+    ({"n_embd": 33}, ["n_embd=33"]), ({"vocab_size": 100}, ["vocab_size is 100"]), ({"block_size": 100_000}, ["lower --block_size"]),
+    ({"max_iters": -1}, ["--max_iters=-1"]), ({"dropout": 1.0}, ["--dropout=1.0"]), ({"log_interval": 0}, ["--log_interval=0"]),
+    ({"snapshot_steps": "every:0"}, ["--snapshot_steps=every:0"]),
+])
+def test_wrong_settings_are_one_line_and_exit_2(train, tmp_path, capsys, settings, words):
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "a", **settings)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and all(word in lines[0] for word in words), lines
+
+
+def test_the_command_line_itself(tmp_path):
+    one_line_exit_2(script("train_lm.py", "--dataset=nowhere", f"--out_dir={tmp_path}"), "prepare_pile.py --dataset=nowhere")
+    one_line_exit_2(script("train_lm.py", "--atn_wd=0"), "did you mean attn_wd")
+
+
+def test_a_run_is_not_overwritten_or_resumed_as_another(train, tmp_path, data_dir, capsys):
+    train(tmp_path / "a", max_iters=2)
+    before = (tmp_path / "a" / "ckpt.pt").read_bytes()
+    other = write_data(tmp_path / "data" / "text", {s: [list(range(200)) * 20] for s in ("train", "val", "test")}).parent
+    for settings, words in (({}, "--overwrite"), ({"init_from": "resume", "n_layer": 3}, "n_layer was 2, is 3"),
+                            ({"init_from": "resume", "seed": 2}, "seed was 1337, is 2"), ({"init_from": "resume", "max_iters": 1}, "step 2"),
+                            ({"init_from": "resume", "data_dir": str(other)}, "data on disk")):
+        with pytest.raises(SystemExit) as stop:
+            train(tmp_path / "a", **{"max_iters": 2, **settings})
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert (tmp_path / "a" / "ckpt.pt").read_bytes() == before
+    train(tmp_path / "a", max_iters=3, overwrite=True)
+    assert load(tmp_path / "a" / "ckpt.pt")["iter_num"] == 3
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_good_checkpoint(train, tmp_path, capsys, monkeypatch):
+    forward, calls = train_lm.GPT.forward, []
+
+    def poisoned(self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        calls.append(self.training)
+        return logits, loss * math.nan if sum(calls) == 14 else loss
+    monkeypatch.setattr(train_lm.GPT, "forward", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path)
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and "nan at step 13 on process 0" in err
+    checkpoint = load(tmp_path / "ckpt.pt")
+    assert checkpoint["iter_num"] == 10 and all(p.isfinite().all() for p in checkpoint["model"].values())
