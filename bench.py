@@ -1,0 +1,176 @@
+"""
+How close each hot path is to its floor, in one interleaved run: medians, ratios, and bench.json.
+
+    python bench.py                       # all
+    python bench.py step spectra          # some of: step head batches spectra checkpoint prepare
+    python bench.py step --device=cuda    # the shapes follow the device: the demo's on a CPU, GPT-2 small's on a GPU
+
+A ratio is our time over the floor's: 1 is the floor itself. Floors: DESIGN section 3. Run it on an otherwise idle machine.
+"""
+import contextlib
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import train_lm
+from batches import TokenSplit
+from checkpoints import attention_layers
+from common import init_dist, input_errors, peak_flops, pick_dtype, save, synchronize, write_atomic
+from configurator import configure
+from model import GPT, decay_groups, init_weights, make_optimizers
+from spectra import metrics, singular_values, summary
+
+repeats = 7             # of each contestant, interleaved; medians are printed
+device = "auto"         # auto, cpu, cuda, mps
+dtype = "auto"          # autocast of the training step, as in train_lm.py
+compile = "auto"        # torch.compile of the training step: auto (on CUDA), true, false
+out_dir = "out/bench"   # where bench.json goes
+
+
+def interleaved(contestants, world):
+    """Median seconds of each contestant, {name: function without arguments}, run in turn `repeats` times after a warm-up."""
+    times = {name: [] for name in contestants}
+    for i in range(repeats + 1):
+        for name, function in contestants.items():
+            synchronize(world.device)
+            start = time.perf_counter()
+            function()
+            synchronize(world.device)
+            if i:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def row(path, what, ours, floor_name, floor, **more):
+    print(f"{path:11}{what:58}{1e3 * ours:12.3f} ms{1e3 * floor:12.3f} ms{ours / floor:9.2f}   {floor_name}"
+          + "".join(f"; {name} {value:.4g}" for name, value in more.items()), flush=True)
+    return {"path": path, "what": what, "seconds": ours, "floor": floor_name, "floor_seconds": floor, "ratio": ours / floor, **more}
+
+
+def shapes(world):
+    """Model and batch of the step benchmark: the demo's on a CPU, GPT-2 small's with P1's context on a GPU."""
+    if world.device.type == "cuda":
+        return {"vocab_size": 50304, "block_size": 756, "n_layer": 12, "n_head": 12, "n_embd": 768, "bias": False}, 32
+    return {"vocab_size": 320, "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128, "bias": False}, 16
+
+
+def bench_step(world):
+    """One optimizer step against its model FLOPs at the rate of a large GEMM; and what measuring rank adds at the default interval."""
+    args, B = shapes(world)
+    model = GPT(**args)
+    init_weights(model, 0)
+    model.to(world.device)
+    amp = pick_dtype(dtype, world.device)
+    fast = torch.compile(model) if compile == "true" or (compile == "auto" and world.device.type == "cuda") else model
+    autocast = torch.autocast(world.device.type, amp) if amp != torch.float32 else contextlib.nullcontext()
+    (optimizer,) = make_optimizers(decay_groups(model, 0.1, 0.1, 0.1), "adamw", 1e-3, 0.9, 0.95, 1e-8, 0.9, world.device.type)
+    x = torch.randint(args["vocab_size"], (B, args["block_size"]), device=world.device)
+
+    def step():
+        with autocast:
+            fast(x, x)[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    flops = model.flops_per_token(args["block_size"]) * x.numel()
+    n = 2048 if world.device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=world.device, dtype=amp)
+    times = interleaved({"step": step, "gemm": lambda: a @ a,
+                         "rank": lambda: summary(attention_layers(model.state_dict(), args["n_head"]))}, world)
+    floor = flops / (2 * n**3 / times["gemm"])
+    peak = peak_flops(world.device, amp)[0]
+    what = f"{args['n_layer']} layers, {args['n_embd']} wide, {B} x {args['block_size']} tokens, {str(amp)[6:]}"
+    yield row("step", what, times["step"], f"its FLOPs at the rate of a {n} GEMM", floor, tokens_per_s=x.numel() / times["step"],
+              mfu=floor / times["step"], mfu_of_peak=flops / times["step"] / peak)
+    amortised = times["rank"] / train_lm.rank_interval
+    yield row("step", f"rank of every head, each {train_lm.rank_interval} steps", times["step"] + amortised, "the step without",
+              times["step"], rank_seconds=times["rank"], percent=100 * amortised / times["step"])
+
+
+def bench_head(world):
+    """Head and loss, forward and backward: torch's chunked linear_cross_entropy against plain logits and cross_entropy."""
+    if not hasattr(F, "linear_cross_entropy"):
+        return print(f"head       torch {torch.__version__} has no linear_cross_entropy: plain everywhere")
+    for N, d, V in ((2048, 128, 320), (2048, 256, 50304), (4096, 768, 50304)):
+        x = torch.randn(N, d, device=world.device, requires_grad=True)
+        w = (0.02 * torch.randn(V, d, device=world.device)).requires_grad_()
+        y = torch.randint(V, (N,), device=world.device)
+        options = torch.nn.LinearCrossEntropyOptions()
+        times = interleaved({"chunked": lambda x=x, w=w, y=y: F.linear_cross_entropy(x, w, y, ignore_index=-1, options=options).backward(),
+                             "plain": lambda x=x, w=w, y=y: F.cross_entropy(F.linear(x, w), y, ignore_index=-1).backward()}, world)
+        yield row("head", f"{N} tokens, {d} wide, {V} ids, chunked", times["chunked"], "plain logits and cross_entropy", times["plain"],
+                  logits_MB=N * V * 4 / 2**20)
+
+
+def bench_batches(world):
+    """P1's batch, 128 windows of 757 tokens out of 200 M, against a memcpy of the same bytes; its share of a training step."""
+    with tempfile.TemporaryDirectory() as folder:
+        n, T = 200_000_000, 756
+        np.resize(np.arange(50257, dtype="<u2"), n).tofile(os.path.join(folder, "train.bin"))
+        entry = {"tokens": n, "documents": 1, "files": [{"name": "train.bin", "tokens": n}]}
+        with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as file:
+            json.dump({"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16", "splits": {"train": entry}}, file)
+        split, start = TokenSplit(folder, "train", T), iter(range(0, 10**9, 128))
+        block = np.zeros((128, T + 1), dtype=np.int64)  # the bytes a batch ends as
+        times = interleaved({"sample": lambda: [split.sample(0, next(start), 128) for _ in range(50)],
+                             "memcpy": lambda: [block.copy() for _ in range(50)]}, world)
+        yield row("batches", "128 x 757 of 200 M tokens, shuffled, checked, int64", times["sample"] / 50, "memcpy of the batch", times["memcpy"] / 50)
+
+
+def bench_spectra(world):
+    """32 heads of 4096 x 128, one layer of Llama 2 7B, against one pass of float32 Gram GEMMs over the factors."""
+    torch.manual_seed(0)
+    A, B = torch.randn(2, 32, 4096, 128, device=world.device)
+    times = interleaved({"metrics": lambda: metrics(A, B), "exact": lambda: metrics(A, B, exact=True),
+                         "grams": lambda: (A.mT @ A, B.mT @ B)}, world)
+    error = (singular_values(A, B) - singular_values(A, B, exact=True)).abs().max() / singular_values(A, B, exact=True).max()
+    yield row("spectra", "32 heads of 4096 x 128, all metrics", times["metrics"], "float32 Gram GEMMs", times["grams"], error=float(error))
+    yield row("spectra", "the same with --exact (QR)", times["exact"], "float32 Gram GEMMs", times["grams"])
+
+
+def bench_checkpoint(world):
+    """Saving 100 MB of state against writing and fsyncing the same bytes."""
+    state = {"model": {f"w{i}": torch.randn(25, 1024, 256) for i in range(4)}}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    raw = buffer.getvalue()
+    os.makedirs(out_dir, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir) as folder:
+        times = interleaved({"save": lambda: save(os.path.join(folder, "a.pt"), state),
+                             "write": lambda: write_atomic(os.path.join(folder, "b.pt"), lambda file: file.write(raw))}, world)
+    yield row("checkpoint", f"{len(raw) / 1e6:.0f} MB saved, fsynced, renamed", times["save"], "write and fsync of the bytes", times["write"])
+
+
+BENCHES = {"step": bench_step, "head": bench_head, "batches": bench_batches, "spectra": bench_spectra, "checkpoint": bench_checkpoint}
+
+
+def main(names):
+    with input_errors("bench.py"):
+        unknown = [name for name in names if name not in [*BENCHES, "all"]]
+        if unknown:
+            raise ValueError(f"no benchmark {unknown[0]}: there are {', '.join(BENCHES)}, all")
+        world = init_dist(device)
+        pick_dtype(dtype, world.device)
+    print(f"{torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else world.device}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads, medians of {repeats} interleaved repeats")
+    print(f"{'':11}{'':58}{'ours':>15}{'floor':>15}{'ratio':>9}")
+    rows = []
+    for name in BENCHES if not names or "all" in names else names:
+        rows += list(BENCHES[name](world) or [])
+    os.makedirs(out_dir, exist_ok=True)
+    with open(os.path.join(out_dir, "bench.json"), "w", encoding="utf-8") as file:
+        json.dump({"device": str(world.device), "torch": torch.__version__, "threads": torch.get_num_threads(), "repeats": repeats,
+                   "command": " ".join(sys.argv), "rows": rows}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main(configure(globals(), positional="[step|head|batches|spectra|checkpoint|prepare|all ...]"))
