@@ -25,7 +25,7 @@ from batches import TokenSplit
 from checkpoints import attention_layers
 from common import init_dist, input_errors, peak_flops, pick_dtype, save, synchronize, write_atomic
 from configurator import configure
-from model import GPT, decay_groups, init_weights, make_optimizers
+from model import GPT, decay_groups, head_loss, init_weights, make_optimizers
 from spectra import metrics, singular_values, summary
 
 repeats = 7             # of each contestant, interleaved; medians are printed
@@ -104,8 +104,7 @@ def bench_head(world):
         x = torch.randn(N, d, device=world.device, requires_grad=True)
         w = (0.02 * torch.randn(V, d, device=world.device)).requires_grad_()
         y = torch.randint(V, (N,), device=world.device)
-        options = torch.nn.LinearCrossEntropyOptions()
-        times = interleaved({"chunked": lambda x=x, w=w, y=y: F.linear_cross_entropy(x, w, y, ignore_index=-1, options=options).backward(),
+        times = interleaved({"chunked": lambda x=x, w=w, y=y: head_loss(x, w, y).backward(),
                              "plain": lambda x=x, w=w, y=y: F.cross_entropy(F.linear(x, w), y, ignore_index=-1).backward()}, world)
         yield row("head", f"{N} tokens, {d} wide, {V} ids, chunked", times["chunked"], "plain logits and cross_entropy", times["plain"],
                   logits_MB=N * V * 4 / 2**20)

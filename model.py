@@ -132,18 +132,19 @@ class GPT(nn.Module):
         return idx
 
 
-def head_loss(x, weight, targets):
+def head_loss(x, weight, targets, rows=1024):
     """Mean cross-entropy of the logits x weight^T, (N, d) x (V, d), against targets (N,), those of -1 left out.
 
-    Eagerly in chunks of rows where torch has it (>= 2.13): the (N, V) logits never exist at once. Measured in RESULTS.md,
-    "Head and loss". torch.compile would break its graph there, so a compiled model takes the plain way.
+    Eagerly `rows` tokens at a time through torch's linear_cross_entropy (torch >= 2.13): the (N, V) logits never exist at once, and
+    it is the faster way too (RESULTS.md, "Head and loss"; torch's own choice of chunk is far slower on a CPU). A compiled model
+    would break its graph there and takes the plain way, which inductor fuses.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)  # the chunked op is not on autocast's list
-    chunked = hasattr(F, "linear_cross_entropy") and not torch.compiler.is_compiling() and weight.shape[0] > weight.shape[1] <= x.shape[0]
-    if chunked:
-        return F.linear_cross_entropy(x, weight, targets, ignore_index=-1, options=nn.LinearCrossEntropyOptions())
+    if hasattr(F, "linear_cross_entropy") and not torch.compiler.is_compiling() and weight.shape[0] > weight.shape[1] <= x.shape[0]:
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=min(rows, len(x)))
+        return F.linear_cross_entropy(x, weight, targets, ignore_index=-1, options=options)
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
 
 
