@@ -20,7 +20,8 @@ meta.json, without which no trainer reads the folder, comes last. Several machin
 --shard_index, in one folder or in several that are copied together; then any of them once more writes meta.json.
 Beyond some 30 cores run several such parts side by side on one machine: one process reads for all its workers.
 
-Memory does not depend on the input's size: chunks of 1 MiB, 2 per worker + 4, and per worker some 12 times the longest document.
+Memory does not grow with the input: about 200 MiB, 25 MiB a worker (2 chunks of 1 MiB in flight for each), and 20 times the
+longest document, which --max_document_mb bounds. Measured on 2 cores: 320 MiB in all for 2 GB of documents of 10 kB.
 """
 import contextlib
 import fcntl
@@ -52,7 +53,7 @@ from common import StopSignal, input_errors, save_json
 from configurator import configure
 
 try:
-    from orjson import loads  # takes half the time; what it refuses goes to json
+    from orjson import loads  # half the time of json, 5 % of the whole; what it refuses goes to json
 except ImportError:
     from json import loads
 
