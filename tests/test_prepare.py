@@ -1,11 +1,11 @@
 """prepare_pile.py: every source, the splits, kills at random moments, parts, bad input. The witness is tiktoken's encode_ordinary."""
-import contextlib
 import gzip
 import json
 import multiprocessing
 import os
 import pathlib
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -253,9 +253,11 @@ def test_wide_ids(prepare, tmp_path):
 # ------------------------------------------------------------------------------------------------------- kills, restart
 
 def run_in_child(path, **settings):
-    """Starts prepare_pile.main() in a forked process with a process group of its own."""
+    """Starts prepare_pile.main() in a forked process. Its `end` is a pipe that closes when it and all its workers are gone."""
+    end, held = os.pipe()
+
     def child():
-        os.setsid()
+        os.setpgrp()
         sys.stdout = sys.stderr = open(os.devnull, "w")
         vars(prepare_pile).update(source=str(path), data_dir=str(path.parent / "data"), dataset="killed", tokenizer="tiny", workers=2,
                                   safe_interval=0.02, **settings)
@@ -263,7 +265,25 @@ def run_in_child(path, **settings):
 
     process = fork.Process(target=child)
     process.start()
+    os.close(held)
+    process.end = end
     return process
+
+
+def wait_for_end(process, timeout=30):
+    process.join(timeout)
+    assert process.exitcode is not None, "hangs"
+    assert select.select([process.end], [], [], timeout)[0], "workers outlive their parent"
+    os.close(process.end)
+    return process.exitcode
+
+
+def workers_of(process):
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("no /proc to find the workers in")
+    return [int(pid) for pid in children.read_text().split()]
 
 
 def wait_for_chunks(process, record, n):
@@ -276,17 +296,6 @@ def wait_for_chunks(process, record, n):
         time.sleep(0.001)
 
 
-def wait_for_groups_to_end(processes):
-    """Workers whose parent was killed must end by themselves."""
-    deadline = time.monotonic() + 20
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            while time.monotonic() < deadline:
-                os.killpg(process.pid, 0)
-                time.sleep(0.01)
-    assert time.monotonic() < deadline, "workers outlive their parent"
-
-
 def test_killed_at_random_moments(prepare, tmp_path):
     """At least 5 times kill -9, then the same bytes as undisturbed; a file under its final name is always the final one."""
     source = write_jsonl(tmp_path / "a.jsonl", texts_like_the_pile(2500))
@@ -294,30 +303,33 @@ def test_killed_at_random_moments(prepare, tmp_path):
     prepare(source=source, dataset="killed", data_dir=tmp_path / "whole", **shares)
     whole, folder = contents(tmp_path / "whole" / "killed"), tmp_path / "data" / "killed"
     assert len(whole) > 8
-    rng, killed, ages = random.Random(time.time_ns()), [], {}
+    rng, killed, ages = random.Random(time.time_ns()), 0, {}
     while not (folder / "meta.json").exists():
         process = run_in_child(source, **shares)
         wait_for_chunks(process, folder / "part_00000.json", rng.randint(1, 25))
         time.sleep(rng.random() * 0.01)
         process.kill()
-        process.join()
-        assert process.exitcode in (0, -signal.SIGKILL)
-        killed += [process] * (process.exitcode != 0)
+        status = wait_for_end(process)
+        assert status in (0, -signal.SIGKILL)
+        killed += status != 0
         for name, data in contents(folder).items():
             assert data == whole[name], f"{name} is not what it is in the end"
             assert ages.setdefault(name, (folder / name).stat().st_mtime_ns) == (folder / name).stat().st_mtime_ns, f"{name} was made again"
-    assert len(killed) >= 5
-    wait_for_groups_to_end(killed)
+    assert killed >= 5
     assert contents(folder) == whole and not list(folder.glob("*.tmp"))
 
 
-def test_sigterm_saves_and_says_how_to_go_on(prepare, tmp_path):
+@pytest.mark.parametrize("to", ["group", "each"])
+def test_sigterm_saves_and_says_how_to_go_on(prepare, tmp_path, to):
+    """A signal to the process group, as a terminal sends it, and to every process, as schedulers do."""
     source = write_jsonl(tmp_path / "a.jsonl", texts_like_the_pile(1500))
     process = run_in_child(source)
     wait_for_chunks(process, tmp_path / "data" / "killed" / "part_00000.json", 3)
-    os.killpg(process.pid, signal.SIGTERM)  # the workers get it too, as from a scheduler
-    process.join()
-    assert process.exitcode == 128 + signal.SIGTERM
+    pids = [] if to == "group" else workers_of(process)
+    os.killpg(process.pid, signal.SIGTERM)
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    assert wait_for_end(process) == 128 + signal.SIGTERM
     assert not (tmp_path / "data" / "killed" / "meta.json").exists()
     status, output = prepare(source=source, dataset="killed")
     assert status == 0 and "going on behind chunk" in output
@@ -366,13 +378,8 @@ def test_worker_killed(prepare, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", texts_like_the_pile(1500))
     process = run_in_child(source)
     wait_for_chunks(process, tmp_path / "data" / "killed" / "part_00000.json", 3)
-    workers = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not workers.exists():
-        process.kill()
-        pytest.skip("no /proc to find the workers in")
-    os.kill(int(workers.read_text().split()[0]), signal.SIGKILL)
-    process.join()
-    assert process.exitcode == 1
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    assert wait_for_end(process) == 1
     assert prepare(source=source, dataset="killed")[0] == 0
     assert documents(tmp_path / "data" / "killed", "train")
 
