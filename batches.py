@@ -98,7 +98,8 @@ class TokenSplit:
 def read_meta(folder):
     """meta.json of a data folder, checked. Raises ValueError that names the command which makes the folder."""
     path = os.path.join(folder, "meta.json")
-    make = f"make it with: python prepare_pile.py --dataset={os.path.basename(os.path.normpath(folder))}"
+    name = os.path.basename(os.path.normpath(folder))
+    make = f"make it with: python prepare_pile.py {'--source' if name == 'python' else '--dataset'}={name}"
     if not os.path.exists(path):
         raise ValueError(f"{folder} is not a prepared data set ({path} is missing); {make}")
     try:

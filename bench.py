@@ -8,18 +8,23 @@ How close each hot path is to its floor, in one interleaved run: medians, ratios
 A ratio is our time over the floor's: 1 is the floor itself. Floors: DESIGN section 3. Run it on an otherwise idle machine.
 """
 import contextlib
+import glob
 import io
 import json
 import os
+import shutil
 import statistics
 import sys
+import sysconfig
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import prepare_pile
 import train_lm
 from batches import TokenSplit
 from checkpoints import attention_layers
@@ -32,6 +37,7 @@ repeats = 7             # of each contestant, interleaved; medians are printed
 device = "auto"         # auto, cpu, cuda, mps
 dtype = "auto"          # autocast of the training step, as in train_lm.py
 compile = "auto"        # torch.compile of the training step: auto (on CUDA), true, false
+text = ""               # .jsonl or .jsonl.zst for prepare; empty: this Python's library and packages
 out_dir = "out/bench"   # where bench.json goes
 
 
@@ -149,7 +155,82 @@ def bench_checkpoint(world):
     yield row("checkpoint", f"{len(raw) / 1e6:.0f} MB saved, fsynced, renamed", times["save"], "write and fsync of the bytes", times["write"])
 
 
-BENCHES = {"step": bench_step, "head": bench_head, "batches": bench_batches, "spectra": bench_spectra, "checkpoint": bench_checkpoint}
+def bench_prepare(world):
+    """prepare_pile.py, file to files, against tiktoken's encode of the same texts in memory on all cores, and against
+    datasets.map with as many processes and a memmap; the ids of both are compared byte by byte."""
+    import tiktoken
+    try:
+        enc = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # no network
+        return print(f"prepare    left out, tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}): set TIKTOKEN_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        documents = os.path.join(folder, "documents.jsonl")
+        texts = bench_texts()
+        with open(documents, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        blocks = [texts[i::128] for i in range(128)]
+
+        def alone():  # as fast as threads over encode_to_tiktoken_buffer, faster than encode_ordinary_batch
+            return sum(pool.map(lambda block: sum(len(enc.encode_to_numpy(text, disallowed_special=())) for text in block), blocks))
+
+        def ours():
+            shutil.rmtree(os.path.join(folder, "bench"), ignore_errors=True)
+            vars(prepare_pile).update(source=documents, dataset="bench", data_dir=folder, tokenizer="gpt2", val_fraction=0.0, test_fraction=0.0)
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                prepare_pile.main()
+
+        def datasets_map():  # as nanoGPT's data/openwebtext does it: ids and len by map, then 1024 contiguous shards into a memmap
+            def ids_of(example):
+                ids = [*enc.encode_ordinary(example["text"]), enc.eot_token]
+                return {"ids": ids, "len": len(ids)}
+
+            data = datasets.load_dataset("json", data_files=documents, split="train", cache_dir=os.path.join(folder, "cache"))
+            data = data.map(ids_of, remove_columns=["text"], num_proc=os.cpu_count(), load_from_cache_file=False)
+            out = np.memmap(os.path.join(folder, "map.bin"), dtype=np.uint16, mode="w+", shape=(int(np.sum(data["len"])),))
+            at = 0
+            for i in range(1024):
+                shard = data.shard(num_shards=1024, index=i, contiguous=True).with_format("numpy")
+                ids = np.concatenate(list(shard["ids"])) if len(shard) else []
+                out[at:at + len(ids)] = ids
+                at += len(ids)
+            out.flush()
+
+        contestants = {"alone": alone, "ours": ours}
+        try:
+            import datasets
+            datasets.disable_progress_bars()
+            contestants["map"] = datasets_map
+        except ImportError:
+            print("prepare    without datasets (pip install -r requirements-dev.txt) there is no peer to compare with")
+        times = interleaved(contestants, world)
+        MB, cores = os.path.getsize(documents) / 1e6, os.cpu_count()
+        what = f"{MB:.0f} MB of .jsonl, GPT-2's BPE, {cores} cores"
+        yield row("prepare", what, times["ours"], "tiktoken alone", times["alone"], share_of_tiktokens_speed=times["alone"] / times["ours"])
+        if "map" in times:
+            with open(os.path.join(folder, "map.bin"), "rb") as a, open(os.path.join(folder, "bench", "train_00000.bin"), "rb") as b:
+                same = a.read() == b.read()
+            yield row("prepare", what, times["ours"], "datasets.map and a memmap", times["map"], times_faster=times["map"] / times["ours"],
+                      identical_ids=same)
+
+
+def bench_texts():
+    """The documents that prepare is timed on: those of --text, else this Python's library and packages, 80 MB at most."""
+    if text:
+        import pyarrow
+        with pyarrow.input_stream(text, compression="detect") as file:
+            return [json.loads(line)["text"] for line in file.read().splitlines()]
+    texts, size = [], 0
+    for path in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "**", "*.py"), recursive=True)):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            texts.append(file.read())
+        size += len(texts[-1])
+        if size > 80e6:
+            break
+    return texts
+
+
+BENCHES = {"step": bench_step, "head": bench_head, "batches": bench_batches, "spectra": bench_spectra, "checkpoint": bench_checkpoint,
+           "prepare": bench_prepare}
 
 
 def main(names):

@@ -237,9 +237,12 @@ def main():
         start, best_val_loss, sum_lr, seconds = past["iter_num"], past["best_val_loss"], past["sum_lr"], past["seconds"]
         checkpoint = None  # free its memory
         if first:
+            if not resume:
+                for path in glob.glob(os.path.join(glob.escape(out_dir), "step_*.pt")) + glob.glob(os.path.join(glob.escape(out_dir), "result.json")):
+                    os.unlink(path)  # of the run that --overwrite gives up
             here, source = os.path.dirname(os.path.abspath(__file__)), os.path.join(out_dir, "source")
             os.makedirs(source, exist_ok=True)
-            for path in glob.glob(os.path.join(here, "*.py")):
+            for path in glob.glob(os.path.join(glob.escape(here), "*.py")):
                 shutil.copy(path, source)
             log = RunLog(out_dir, past["log_bytes"], settings, wandb_project if wandb_log else "", wandb_run_name or out_dir,
                          past["wandb_id"], source)

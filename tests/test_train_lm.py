@@ -249,8 +249,9 @@ def test_a_run_is_not_overwritten_or_resumed_as_another(train, tmp_path, data_di
             train(tmp_path / "a", **{"max_iters": 2, **settings})
         assert stop.value.code == 2 and words in capsys.readouterr().err
     assert (tmp_path / "a" / "ckpt.pt").read_bytes() == before
+    (tmp_path / "a" / "step_0000002.pt").write_bytes(b"of the old run")
     train(tmp_path / "a", max_iters=3, overwrite=True)
-    assert load(tmp_path / "a" / "ckpt.pt")["iter_num"] == 3
+    assert load(tmp_path / "a" / "ckpt.pt")["iter_num"] == 3 and not list((tmp_path / "a").glob("step_*"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_good_checkpoint(train, tmp_path, capsys, monkeypatch):
