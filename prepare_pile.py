@@ -27,16 +27,12 @@ for documents of 60 MB.
 import contextlib
 import fcntl
 import glob
-import gzip
 import importlib
-import io
 import json
 import multiprocessing
 import os
-import re
 import signal
 import sys
-import sysconfig
 import threading
 import time
 import zlib
@@ -44,7 +40,6 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -52,6 +47,7 @@ from tqdm import tqdm
 from batches import read_meta
 from common import StopSignal, input_errors, save_json
 from configurator import configure
+from text_files import CHUNK, OVERLONG, find_files, need, read_chunks
 
 try:
     from orjson import loads  # half the time of json, 5 % of the whole; what it refuses goes to json
@@ -80,12 +76,9 @@ safe_interval = 10.0                    # seconds between safe points: the work 
 # ---------------------------------------------------------------------------------------------------------------------
 
 SPLITS = ("train", "val", "test")
-SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt")
 MADE_WITH = ("source", "val_source", "test_source", "val_fraction", "test_fraction", "text_key", "max_document_mb", "tokenizer")
 EOT = "<|endoftext|>"
-CHUNK = 1 << 20    # bytes of input that go to a worker at once
-OVERLONG = b"\0"   # stands in for a line that is too long: no JSON begins so
-NAMED = 5          # bad records named, per reason
+NAMED = 5  # bad records named, per reason
 
 
 def main():
@@ -156,29 +149,7 @@ def read_json(path):
     with open(path, encoding="utf-8") as file:
         return json.load(file)
 
-
-def need(module, what):
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise InputError(f"{what} needs {module.partition('.')[0]}: pip install {module.partition('.')[0]}") from None
-
-
-def first_line(error):
-    return (str(getattr(error, "strerror", None) or error).strip() or type(error).__name__).splitlines()[0][:150]
-
-
-class InputError(ValueError):
-    """A message that is complete as it is."""
-
 # ------------------------------------------------------------------------------------------------------- files of text
-
-class Input(NamedTuple):
-    split: str  # where its documents go; empty: by hash
-    path: str   # to open; hf:// on the hub
-    name: str   # below its source, the same on all machines
-    size: int   # bytes
-
 
 def find_all_files():
     """Every input file, those of val and test first, in the same order on all machines."""
@@ -195,137 +166,11 @@ def find_all_files():
     return files
 
 
-def find_files(places):
-    """The files of a source, sorted, `split` set to val or test where names say so. Raises ValueError where there are none."""
-    if places == "python":
-        return walk(sysconfig.get_path("stdlib"), (".py",), without=("site-packages", "dist-packages", "test", "tests", "idle_test"))
-    found = []
-    for place in places.split(","):
-        if os.path.isdir(place):
-            files = walk(place, SUFFIXES)
-        elif os.path.exists(place):
-            files = [Input("", place, os.path.basename(place), os.path.getsize(place))]
-        elif re.fullmatch(r"\w[\w.-]*/\w[\w./-]*", place) and not place.endswith(SUFFIXES):
-            files = hub_files(place)
-        else:
-            raise ValueError(f"--source={place}: no such file or folder, and no Hugging Face id (org/name) either")
-        files = [file for file in files if file.name.endswith(SUFFIXES)]
-        if not files:
-            raise ValueError(f"{place}: expects files in {', '.join(SUFFIXES)}")
-        if any(split_in_name(file.name) == "train" for file in files):
-            files = [file._replace(split=split_in_name(file.name).replace("train", "")) for file in files]
-        found += files
-    return found
-
-
-def split_in_name(name):
-    for split, words in (("train", "train"), ("val", "val|valid|validation|dev"), ("test", "test")):
-        if re.search(rf"(^|[/._-])({words})([/._-]|\d|$)", name):
-            return split
-    return ""
-
-
 def shares(files):
     """The share of hashed documents that goes to each split: none to those that have files of their own."""
     own = {file.split for file in files}
     val, test = (0.0 if split in own else share for split, share in (("val", val_fraction), ("test", test_fraction)))
     return {"train": 1.0 - val - test, "val": val, "test": test}
-
-
-def walk(root, suffixes, without=()):
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
-        for path in (os.path.join(folder, name) for name in names if name.endswith(suffixes) and not name.startswith(".")):
-            files.append(Input("", path, os.path.relpath(path, root), os.path.getsize(path)))
-    return sorted(files, key=lambda file: file.name)
-
-
-def hub_files(place):
-    """The files of a Hugging Face dataset, org/name or org/name/folder, at its newest revision, which their paths pin."""
-    hub = need("huggingface_hub", f"--source={place}")
-    repo, below = "/".join(place.split("/")[:2]), "/".join(place.split("/")[2:]).rstrip("/")
-    try:
-        info = hub.HfApi().dataset_info(repo, files_metadata=True, timeout=10)
-    except Exception as error:  # noqa: BLE001  of httpx, requests or huggingface_hub, as versions differ
-        raise ValueError(f"{place} is no file or folder here, and the Hugging Face hub did not give it: {first_line(error)}") from None
-    return [Input("", f"hf://datasets/{repo}@{info.sha}/{file.rfilename}", file.rfilename, file.size or 1)
-            for file in sorted(info.siblings, key=lambda file: file.rfilename) if file.rfilename.startswith(below and below + "/")]
-
-# ------------------------------------------------------------------------------------------------------ files to chunks
-
-class Chunk(NamedTuple):
-    """Some 1 MiB of a file: a block of JSON lines, a piece of plain text (both bytes), or a list of parquet values."""
-    kind: str    # jsonl, txt, parquet
-    split: str   # where its documents go; empty: by hash
-    first: int   # number of its first line or row, from 1
-    data: bytes | list
-    seen: float  # share of the file that is read with it
-
-
-def read_chunks(file):
-    """The chunks of a file, the same ones every time. Raises ValueError that names a file which is damaged or cut short."""
-    kind, blocks = ("parquet", parquet_blocks) if file.name.endswith(".parquet") else \
-        ("jsonl", line_blocks) if ".jsonl" in file.name else ("txt", text_blocks)
-    first = 1
-    try:
-        with need("huggingface_hub", file.path).HfFileSystem().open(file.path, block_size=32 << 20) \
-                if file.path.startswith("hf://") else open(file.path, "rb") as raw:
-            for data, seen in blocks(raw, file):
-                yield Chunk(kind, file.split, first, data, seen)
-                first += len(data) if kind == "parquet" else data.count(b"\n")
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001  pyarrow, gzip, zlib and the hub's clients raise a dozen kinds
-        raise ValueError(f"{file.path}: damaged or cut short ({first_line(error)}); what is done is kept, "
-                         "and the same command goes on once the file is whole") from None
-
-
-def line_blocks(raw, file):
-    """Blocks of whole lines, CHUNK bytes and up to a line more. A line beyond --max_document_mb becomes OVERLONG."""
-    text, rest = raw, bytearray()
-    if file.name.endswith(".gz"):
-        text = gzip.GzipFile(fileobj=raw)
-    elif file.name.endswith(".zst"):  # pyarrow's stream tells a truncated file, zstandard's does not
-        text = io.BufferedReader(need("pyarrow", file.path).CompressedInputStream(raw, "zstd"), CHUNK)
-    while block := text.read(CHUNK):
-        cut = block.rfind(b"\n") + 1
-        if cut:
-            yield bytes(rest) + block[block.find(b"\n") if rest == OVERLONG else 0:cut], raw.tell() / file.size
-            rest = bytearray(block[cut:])
-        elif rest != OVERLONG:
-            rest += block
-            if len(rest) > max_document_mb << 20:
-                rest = bytearray(OVERLONG)
-    if rest:
-        yield bytes(rest), 1.0
-
-
-def text_blocks(raw, file):
-    """Pieces of at most CHUNK bytes, cut behind a line where there is one, else between two characters."""
-    rest = b""
-    while block := rest + raw.read(CHUNK - len(rest)):
-        cut = len(block)
-        if cut == CHUNK:
-            cut = block.rfind(b"\n") + 1
-            if not cut:
-                cut = next(i for i in range(CHUNK - 1, 0, -1) if block[i] & 0xC0 != 0x80)  # where a character begins
-        yield block[:cut], raw.tell() / file.size
-        rest = block[cut:]
-
-
-def parquet_blocks(raw, file):
-    """Lists of values, some CHUNK bytes each."""
-    parquet = need("pyarrow.parquet", file.path).ParquetFile(raw, pre_buffer=False, buffer_size=CHUNK)
-    if text_key not in parquet.schema_arrow.names:
-        raise InputError(f"{file.path}: no column {text_key!r} among {', '.join(parquet.schema_arrow.names)}; --text_key names it")
-    texts, size, rows = [], 0, 0
-    for batch in parquet.iter_batches(batch_size=64, columns=[text_key]):
-        texts += batch.column(0).to_pylist()
-        size, rows = size + batch.nbytes, rows + len(batch)
-        if size >= CHUNK or rows == parquet.metadata.num_rows:
-            yield texts, rows / parquet.metadata.num_rows
-            texts, size = [], 0
 
 # ---------------------------------------------------------------------------------------------------- chunks to tokens
 
@@ -451,7 +296,7 @@ def tokenise(part, files, stop):
         with ProcessPoolExecutor(n_workers, mp_context=context, initializer=start_worker) as pool:
             try:
                 for i in mine:
-                    for number, chunk in enumerate(read_chunks(files[i]) if i >= at_file else (), 1):
+                    for number, chunk in enumerate(read_chunks(files[i], text_key, max_document_mb << 20, CHUNK) if i >= at_file else (), 1):
                         if stop.signal:
                             return
                         if i == at_file and number <= at_chunk or not by_file and (i + number) % num_shards != shard_index:
@@ -571,7 +416,6 @@ class Part:
                 os.replace(path + ".tmp", path)
                 if split in self.open:
                     self.open.pop(split).close()
-
 
 
 def merge(folder, made_with, about):

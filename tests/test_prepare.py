@@ -17,6 +17,7 @@ import pytest
 import tiktoken
 
 import prepare_pile
+import text_files
 from batches import TokenSplit, crc32, read_meta
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -150,7 +151,7 @@ def test_python_as_bytes(prepare, tmp_path, monkeypatch):
     (tmp_path / "lib" / "site-packages").mkdir(parents=True)
     for name, text in (("b.py", "b = 'é'\n"), ("a.py", "a = 1\n"), ("site-packages/c.py", "no"), ("d.txt", "no")):
         (tmp_path / "lib" / name).write_text(text, encoding="utf-8")
-    monkeypatch.setattr(prepare_pile.sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
+    monkeypatch.setattr(text_files.sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
     assert prepare(source="python", dataset="auto", tokenizer="auto", **NO_SPLIT)[0] == 0
     folder = tmp_path / "data" / "python"
     assert ids(folder, "train") == [*b"a = 1\n", 256, *"b = 'é'\n".encode(), 256]
