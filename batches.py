@@ -144,7 +144,8 @@ def prefetch(make, keys, device):
     def load(key):
         return tuple(torch.from_numpy(np.ascontiguousarray(array)).pin_memory().to(device, non_blocking=True) for array in make(key))
 
-    with ThreadPoolExecutor(1) as thread:
+    use = (torch.cuda.set_device, (device,)) if device.index is not None else (None, ())  # a thread's GPU is the first until it says so
+    with ThreadPoolExecutor(1, initializer=use[0], initargs=use[1]) as thread:
         ahead = None
         for key in keys:
             ready, ahead = ahead, thread.submit(load, key)

@@ -139,13 +139,13 @@ def head_loss(x, weight, targets, rows=1024):
     it is the faster way too (RESULTS.md, "Head and loss"; torch's own choice of chunk is far slower on a CPU). A compiled model
     would break its graph there and takes the plain way, which inductor fuses.
     """
+    if torch.compiler.is_compiling() or not hasattr(F, "linear_cross_entropy") or not weight.shape[0] > weight.shape[1] <= x.shape[0]:
+        return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)  # the chunked op is not on autocast's list
-    if hasattr(F, "linear_cross_entropy") and not torch.compiler.is_compiling() and weight.shape[0] > weight.shape[1] <= x.shape[0]:
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=min(rows, len(x)))
-        return F.linear_cross_entropy(x, weight, targets, ignore_index=-1, options=options)
-    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=min(rows, len(x)))
+    return F.linear_cross_entropy(x, weight, targets, ignore_index=-1, options=options)
 
 
 def init_weights(model, seed):

@@ -237,9 +237,9 @@ def main():
         start, best_val_loss, sum_lr, seconds = past["iter_num"], past["best_val_loss"], past["sum_lr"], past["seconds"]
         checkpoint = None  # free its memory
         if first:
-            if not resume:
-                for path in glob.glob(os.path.join(glob.escape(out_dir), "step_*.pt")) + glob.glob(os.path.join(glob.escape(out_dir), "result.json")):
-                    os.unlink(path)  # of the run that --overwrite gives up
+            stale = ["*.tmp*"] if resume else ["*.tmp*", "step_*.pt", "result.json"]  # of a killed run; of one that --overwrite gives up
+            for path in (path for pattern in stale for path in glob.glob(os.path.join(glob.escape(out_dir), pattern))):
+                os.unlink(path)
             here, source = os.path.dirname(os.path.abspath(__file__)), os.path.join(out_dir, "source")
             os.makedirs(source, exist_ok=True)
             for path in glob.glob(os.path.join(glob.escape(here), "*.py")):
