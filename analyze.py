@@ -16,15 +16,14 @@ import re
 
 from tqdm import tqdm
 
-import figures
-from checkpoints import expand, open_all
+from checkpoints import expand, open_all, run_of
 from common import init_dist, input_errors, write_atomic
 from configurator import configure
 from spectra import metrics, ov_factors, qk_factors, rank_name
 
 out_dir = "out/analysis"    # where the CSV files and the figure go
 threshold = 0.95            # of the threshold rank: smallest k with s_1 + ... + s_k >= threshold * sum(s); its column is rank95
-exact = False               # QR of every head in float64 (singular values to 1e-14 of the largest instead of 1e-7)
+exact = False               # QR of every head in float64 (singular values to 1e-13 of the largest instead of 1e-7)
 n_head = 0                  # heads per layer, for checkpoints that do not say
 device = "auto"             # where the spectra are computed: auto, cpu, cuda
 figure = True               # draw heads.png and heads.pdf (needs matplotlib)
@@ -125,20 +124,17 @@ def print_side_by_side(runs):
         print(f"{label:14}" + "".join(f"{cell:>{width}}" for cell in cells))
     results = []
     for name in names:
-        path = os.path.join(os.path.dirname(runs[name][-1][1][0]["checkpoint"]), "result.json")
-        results.append(json.load(open(path, encoding="utf-8")) if os.path.exists(path) else {})
+        step, rows = runs[name][-1]
+        path = os.path.join(os.path.dirname(rows[0]["checkpoint"]), "result.json")
+        result = json.load(open(path, encoding="utf-8")) if os.path.exists(path) else {}
+        results.append(result if result.get("steps") == step else {})  # not the end's perplexity beside an earlier snapshot's ranks
     for key in ("attn_wd", "mlp_wd", "decay_time_constants", "test_loss", "test_ppl", "test_acc"):
         if any(key in result for result in results):
             label = {"decay_time_constants": "sum(lr)*attn_wd"}.get(key, key)
-            cells = [f"{result[key]:.4g}" if key in result else "-" for result in results]
+            cells = [f"{result[key]:.4g}" if isinstance(result.get(key), (int, float)) else "-" for result in results]
             print(f"{label:14}" + "".join(f"{cell:>{width}}" for cell in cells))
 
 # ------------------------------------------------------------------------------------------------------------------ main
-
-def run_of(path):
-    """The run a checkpoint belongs to: its folder, where it has the names that runs have, else the file itself."""
-    return os.path.dirname(path) if re.fullmatch(r"ckpt\.pt|step_\d+\.pt", os.path.basename(path)) and os.path.dirname(path) else path
-
 
 def main(paths):
     """Returns {run: [(step, rows of heads.csv)]}."""
@@ -147,7 +143,7 @@ def main(paths):
             raise ValueError("which checkpoint? python analyze.py out/lm/ckpt.pt; --help lists the settings")
         rank_name(threshold)
         world = init_dist(device)
-        total = sum(len(expand(path)) for path in paths)
+        total = len(expand(paths))
         os.makedirs(out_dir, exist_ok=True)
         heads, norms, runs, previous = [], [], {}, None
         with tqdm(total=total, unit="checkpoint", disable=None) as progress:
@@ -169,6 +165,7 @@ def main(paths):
         print_side_by_side(runs)
     print(f"\nwrote {out_dir}/heads.csv ({len(heads):,} rows), {out_dir}/norms.csv ({len(norms):,} rows)")
     if figure:
+        import figures
         print(f"figure: {figures.heads(os.path.join(out_dir, 'heads.csv'))}")
     return runs
 

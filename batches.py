@@ -99,7 +99,8 @@ def read_meta(folder):
     """meta.json of a data folder, checked. Raises ValueError that names the command which makes the folder."""
     path = os.path.join(folder, "meta.json")
     name = os.path.basename(os.path.normpath(folder))
-    make = f"make it with: python prepare_pile.py {'--source' if name == 'python' else '--dataset'}={name}"
+    flags = {"pile": "", "python": " --source=python"}.get(name, f" --source=YOUR_TEXT --dataset={name}")
+    make = f"make it with: python prepare_pile.py{flags}"
     if not os.path.exists(path):
         raise ValueError(f"{folder} is not a prepared data set ({path} is missing); {make}")
     try:

@@ -238,6 +238,8 @@ def main(names):
         unknown = [name for name in names if name not in [*BENCHES, "all"]]
         if unknown:
             raise ValueError(f"no benchmark {unknown[0]}: there are {', '.join(BENCHES)}, all")
+        if repeats < 1:
+            raise ValueError(f"--repeats={repeats} must be at least 1")
         world = init_dist(device)
         pick_dtype(dtype, world.device)
     print(f"{torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else world.device}, torch {torch.__version__}, "

@@ -92,12 +92,14 @@ class Checkpoint:
         if not isinstance(state, dict) or not any(isinstance(p, torch.Tensor) for p in state.values()):
             raise ValueError(f"{path}: no state dict in it, neither bare nor under 'model'")
         self.path = path
-        self.tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): p for name, p in state.items() if isinstance(p, torch.Tensor)}
+        self.tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): p for name, p in state.items()
+                        if isinstance(name, str) and isinstance(p, torch.Tensor)
+                        and not (name.endswith(".attn.bias") and p.ndim == 4)}  # the causal mask that nanoGPT once stored
         args = raw.get("model_args") or {}
         self.n_head = n_head or (args.get("n_head", 0) if isinstance(args, dict) else 0)
-        in_name = re.search(r"(\d+)\D*$", os.path.basename(path))
-        step = raw.get("iter_num", int(in_name[1]) if in_name else -1)
-        self.step = step if type(step) is int else -1
+        in_name = re.fullmatch(RUN_FILE, os.path.basename(path))
+        step = raw.get("iter_num", in_name and in_name[1])
+        self.step = int(step) if isinstance(step, (int, str)) else -1
 
     def attention_layers(self):
         """See attention_layers. Raises ValueError naming the file."""
@@ -109,25 +111,34 @@ class Checkpoint:
             raise ValueError(f"{self.path}: {error}") from None
 
 
-def expand(path):
-    """The checkpoint files that a command-line argument stands for: a file itself; of a run folder its snapshots and ckpt.pt."""
-    if not os.path.isdir(path):
-        return [path]
-    snapshots = sorted(name for name in os.listdir(path) if re.fullmatch(r"step_\d+\.pt", name))
-    files = [os.path.join(path, name) for name in snapshots + ["ckpt.pt"] if os.path.exists(os.path.join(path, name))]
-    if not files:
-        raise ValueError(f"{path}: a folder without ckpt.pt or step_*.pt")
-    return files
+RUN_FILE = r"ckpt\.pt|step_(\d+)\.pt"  # what train_lm.py leaves in a run folder
+
+
+def run_of(path):
+    """The run that a checkpoint file belongs to: its folder where it has a name that runs have, else the file itself."""
+    return os.path.dirname(path) or "." if re.fullmatch(RUN_FILE, os.path.basename(path)) else path
+
+
+def expand(paths):
+    """The checkpoint files that command-line arguments stand for, each once, run by run in order of step: a file itself; of a
+    run folder its snapshots and ckpt.pt. Raises ValueError for a folder that has neither."""
+    runs = {}
+    for path in map(os.path.normpath, paths):
+        files = [path]
+        if os.path.isdir(path):
+            files = [os.path.join(path, name) for name in os.listdir(path) if re.fullmatch(RUN_FILE, name)]
+            if not files:
+                raise ValueError(f"{path}: a folder without ckpt.pt or step_*.pt")
+        runs.setdefault(run_of(files[0]), set()).update(files)
+    return [file for files in runs.values() for file in sorted(files, key=lambda file: (file.endswith("ckpt.pt"), file))]
 
 
 def open_all(paths, n_head=0):
-    """Yields a Checkpoint for every file that `paths` stand for, by folder in order of step; ckpt.pt is left out where a
-    snapshot of the same step is there."""
-    for path in paths:
-        seen = set()
-        for file in expand(path):
-            checkpoint = Checkpoint(file, n_head)
-            if checkpoint.step in seen and os.path.basename(file) == "ckpt.pt":
-                continue
-            seen.add(checkpoint.step)
+    """Yields a Checkpoint for every file of expand(paths); a run's ckpt.pt is left out where it is the last snapshot once more."""
+    previous = None
+    for file in expand(paths):
+        checkpoint = Checkpoint(file, n_head)
+        again = previous and os.path.basename(file) == "ckpt.pt" and run_of(previous.path) == run_of(file) and previous.step == checkpoint.step
+        if not again:
             yield checkpoint
+        previous = checkpoint

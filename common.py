@@ -34,7 +34,8 @@ def init_dist(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(device)
-        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(device.type, True)
+        there = {"cpu": True, "cuda": (device.index or 0) < torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+        there = there.get(device.type, False)
     except RuntimeError:
         there = False
     if not there:
@@ -42,9 +43,9 @@ def init_dist(device="auto"):
     if "RANK" not in os.environ:  # no torchrun
         return World(0, 1, device)
     if device.type == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} is more than the {torch.cuda.device_count()} GPUs here")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"local process {device.index} has no GPU: {torch.cuda.device_count()} here; lower --nproc_per_node")
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo: flags that must not touch the GPU
     return World(dist.get_rank(), dist.get_world_size(), device)
@@ -72,18 +73,18 @@ def print0(*args, **kwargs):
 def input_errors(script, every_process=False):
     """What fails inside is the user's input: one line on stderr and exit status 2 instead of a traceback.
 
-    every_process: for what can fail on one process alone; else the first speaks for all.
+    every_process: for what can fail on one process alone; else the first of each machine speaks for all.
     """
     try:
         yield
     except (ValueError, OSError) as error:
-        if every_process or int(os.environ.get("RANK", 0)) == 0:
+        if every_process or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{script}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
 def all_sum(world, *numbers):
-    """The sums of these numbers over all processes, as floats, in float64 (float32 on MPS)."""
+    """The sums of these numbers over all processes, as floats, added in float64."""
     if world.size == 1:
         return [float(x) for x in numbers]
     total = torch.tensor([float(x) for x in numbers], dtype=torch.float64)
@@ -121,7 +122,7 @@ def peak_flops(device, dtype):
 
 def write_atomic(path, write):
     """Calls write(file) on a temporary file beside `path`, fsyncs and renames it: a kill leaves the old file or the new, whole."""
-    path = os.fspath(path)
+    path = os.path.realpath(path)  # where a link points to, the link stays
     temporary = f"{path}.tmp{os.getpid()}"
     try:
         with open(temporary, "wb") as file:
@@ -146,7 +147,16 @@ def save(path, checkpoint):
 
 
 def save_json(path, obj):
-    write_atomic(path, lambda file: file.write((json.dumps(obj, indent=2) + "\n").encode()))
+    write_atomic(path, lambda file: file.write((to_json(obj, indent=2) + "\n").encode()))
+
+
+def to_json(obj, indent=None):
+    """JSON that any reader takes: numbers that are not finite become null."""
+    try:
+        return json.dumps(obj, indent=indent, allow_nan=False)
+    except ValueError:
+        obj = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in obj.items()}
+        return json.dumps(obj, indent=indent)
 
 
 def load(path, device="cpu", mmap=False):
@@ -161,8 +171,9 @@ def load(path, device="cpu", mmap=False):
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except Exception as error:  # torch raises a dozen kinds for truncated, foreign and malicious files
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
-        raise ValueError(f"{path}: truncated, or not a checkpoint of plain tensors ({reason})") from None
+        reason = (str(error).splitlines() or [""])[0][:150]
+        reason = f" ({reason})" if reason and "weights_only" not in reason else ""  # torch's advice to load it unsafely is no advice
+        raise ValueError(f"{path}: damaged, or not a checkpoint of plain tensors{reason}") from None
 
 # ---------------------------------------------------------------------------------------------------------- logs, signals
 
@@ -174,25 +185,28 @@ class RunLog:
         wandb_project: empty for no wandb; wandb_id: of the run to continue; source: the folder of the code to log with it."""
         self.path = os.path.join(out_dir, "log.jsonl")
         self.wandb, self.wandb_id = None, ""
-        with open(self.path, "ab") as file:
-            file.truncate(min(keep_bytes, file.tell()))
         if wandb_project:
             try:
                 import wandb
             except ImportError:
                 raise ValueError("--wandb_log needs wandb: pip install wandb") from None
-            self.wandb = wandb.init(project=wandb_project, name=wandb_name, config=settings, dir=out_dir,
-                                    id=wandb_id or None, resume="allow" if wandb_id else None)
+            try:
+                self.wandb = wandb.init(project=wandb_project, name=wandb_name, config=settings, dir=out_dir,
+                                        id=wandb_id or None, resume="allow" if wandb_id else None)
+            except wandb.Error as error:
+                raise ValueError(f"--wandb_log: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no account)") from None
             self.wandb_id = self.wandb.id
             self.wandb.define_metric("*", step_metric="step")
             self.wandb.log_code(source)
+        with open(self.path, "ab") as file:
+            file.truncate(min(keep_bytes, file.tell()))
 
     def size(self):
         return os.path.getsize(self.path)
 
     def __call__(self, step, **values):
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(to_json({"step": step, **values}) + "\n")
         if self.wandb:
             self.wandb.log({"step": step, **values})
 

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from checkpoints import run_of
 from common import input_errors  # noqa: E402
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]  # Okabe & Ito, colour-blind safe
@@ -30,7 +31,9 @@ def heads(path):
         raise ValueError(f"{path}: no column rank95 or the like")
     runs = {}
     for row in rows:
-        runs.setdefault(run_label(row["checkpoint"]), []).append(row)
+        runs.setdefault(run_of(row["checkpoint"]), []).append(row)
+    short = [os.path.basename(name) for name in runs]
+    runs = {name if short.count(os.path.basename(name)) > 1 else os.path.basename(name): run for name, run in runs.items()}
     trained = any(len({row["step"] for row in run}) > 1 for run in runs.values())
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1 + trained, 2, figsize=(7.2, 2.6 * (1 + trained) + 0.3), sharey=True, squeeze=False)
@@ -60,12 +63,6 @@ def heads(path):
         axes[0, 0].set_ylim(0, 1.05 * max(int(row["d_head"]) for row in rows))
         fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(runs)))
         return write(fig, path)
-
-
-def run_label(checkpoint):
-    """The run folder's name for our checkpoints, the file's own name for others."""
-    folder, name = os.path.split(checkpoint)
-    return os.path.basename(folder) if folder and (name == "ckpt.pt" or name.startswith("step_")) else name
 
 
 def read(path, columns):

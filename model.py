@@ -67,7 +67,7 @@ class GPT(nn.Module):
 
     def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, dropout=0.0, bias=True, tied=True):
         super().__init__()
-        if n_embd % n_head or min(vocab_size, block_size, n_layer, n_head, n_embd) < 1:
+        if min(vocab_size, block_size, n_layer, n_head, n_embd) < 1 or n_embd % n_head:
             raise ValueError(f"n_embd={n_embd} must be a positive multiple of n_head={n_head}, and vocab_size={vocab_size}, "
                              f"block_size={block_size}, n_layer={n_layer} at least 1")
         self.args = dict(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
@@ -135,15 +135,13 @@ class GPT(nn.Module):
 def head_loss(x, weight, targets, rows=1024):
     """Mean cross-entropy of the logits x weight^T, (N, d) x (V, d), against targets (N,), those of -1 left out.
 
-    Eagerly `rows` tokens at a time through torch's linear_cross_entropy (torch >= 2.13): the (N, V) logits never exist at once, and
-    it is the faster way too (RESULTS.md, "Head and loss"; torch's own choice of chunk is far slower on a CPU). A compiled model
-    would break its graph there and takes the plain way, which inductor fuses.
+    Eagerly in float32 `rows` tokens at a time through torch's linear_cross_entropy (torch >= 2.13): the (N, V) logits never exist
+    at once, and it is the faster way too (RESULTS.md, "Head and loss"; torch's own choice of chunk is far slower on a CPU). In
+    bfloat16 it would sum the loss in bfloat16, and a compiled model would break its graph there: those take the plain way.
     """
-    if torch.compiler.is_compiling() or not hasattr(F, "linear_cross_entropy") or not weight.shape[0] > weight.shape[1] <= x.shape[0]:
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not hasattr(F, "linear_cross_entropy") \
+            or not weight.shape[0] > weight.shape[1] <= x.shape[0]:
         return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)  # the chunked op is not on autocast's list
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=min(rows, len(x)))
     return F.linear_cross_entropy(x, weight, targets, ignore_index=-1, options=options)
 
@@ -167,7 +165,7 @@ def load_gpt(checkpoint, dropout=0.0):
         state = {name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod."): p
                  for name, p in checkpoint["model"].items()}
         model.load_state_dict({name: p for name, p in state.items() if not name.endswith(".attn.bias")})  # old nanoGPT's mask
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"not a GPT checkpoint of ours or nanoGPT's ({type(error).__name__}: {reason})") from None
     return model

@@ -48,8 +48,8 @@ def main(path):
                 raise ValueError(f"{path} does not tell its tokenizer ({meta} is not there): give --tokenizer=gpt2 or byte")
             name = json.load(open(meta, encoding="utf-8"))["tokenizer"]
         encode, decode, n_tokens = codec(name)
-        if not prompt:
-            raise ValueError("--prompt is empty: give at least one character")
+        if not prompt or num_samples < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 0:
+            raise ValueError("--prompt must not be empty, --num_samples and --max_new_tokens at least 1, --temperature and --top_k not negative")
         idx = torch.tensor([encode(prompt)] * num_samples, device=world.device)
         if int(idx.max()) >= model.args["vocab_size"]:
             raise ValueError(f"tokenizer {name} does not fit the model's vocabulary of {model.args['vocab_size']}")

@@ -30,7 +30,7 @@ def ov_factors(W_V, P):
 def singular_values(A, B, exact=False):
     """Singular values of A B^T for A (..., d, r), B (..., d', r): float64 torch tensor (..., r), descending.
 
-    Within 1e-7 of the largest (within 1e-14 where exact). Raises ValueError for shapes that do not fit and for NaN or inf.
+    Within 1e-7 of the largest (within 1e-13 where exact). Raises ValueError for shapes that do not fit and for NaN or inf.
     """
     A, B = as_float64(A), as_float64(B)
     check(A, B)
@@ -91,7 +91,7 @@ def rank_name(threshold):
     """The column of the threshold rank: rank95 for 0.95, rank99.5 for 0.995. Raises ValueError outside (0, 1]."""
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold {threshold} is not in (0, 1]")
-    return f"rank{round(100 * threshold, 6):g}"
+    return f"rank{100 * threshold:.10g}"
 
 
 def imbalance(AA, BB):

@@ -4,7 +4,7 @@ Trains a GPT on data/NAME/ with attention decayed apart from the rest, and logs 
     python train_lm.py config/demo.py --attn_wd=0              # small, any machine, data made on first use
     python train_lm.py --batch_size=8                          # 1 GPU
     torchrun --nproc_per_node=8 train_lm.py --attn_wd=0.0      # 8 GPUs
-    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --nproc_per_node=8 train_lm.py       # several nodes: one line each
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --nproc_per_node=8 train_lm.py --batch_size=8    # one line a node
 
 The defaults are the settings that P1 publishes (Kobayashi et al. 2024, arXiv 2410.23819, language models): marked "P1" below.
 What P1 leaves open is ours and says so. Writes OUT_DIR/ckpt.pt, step_*.pt, log.jsonl, result.json and source/.
@@ -14,6 +14,7 @@ import contextlib
 import glob
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from batches import TokenSplit, hash64, prefetch
-from checkpoints import attention_layers
+from checkpoints import RUN_FILE, attention_layers
 from common import RunLog, StopSignal, all_sum, init_dist, input_errors, load, peak_flops, pick_dtype, print0, save, save_json, time_left
 from configurator import configure, current
 from model import GPT, decay_groups, init_weights, load_gpt, make_optimizers
@@ -81,18 +82,26 @@ wandb_log = False               # log to Weights & Biases too (WANDB_MODE=offlin
 wandb_project = "nanorank"      # its project
 wandb_run_name = ""             # empty: out_dir
 
-SAME_ON_RESUME = ("dataset", "seed", "total_batch_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "tied", "optimizer")
+# a resumed run is the same run: these must not change; the rest, but for FREE, changes only where --init_from=resume asks for it
+SAME_ON_RESUME = ("dataset", "seed", "total_batch_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "tied", "vocab_size", "optimizer")
+FREE_ON_RESUME = ("out_dir", "init_from", "overwrite", "eval_only", "device", "dtype", "compile", "data_dir", "batch_size", "log_interval",
+                  "eval_interval", "eval_iters", "rank_interval", "snapshot_steps", "wandb_log", "wandb_project", "wandb_run_name")
 
 # --------------------------------------------------------------------------------------------------------------- batches
 
 def open_data(world):
     """{split: TokenSplit}. The embedded data set is made on first use; any other must be there."""
     folder = os.path.join(data_dir, dataset)
-    if dataset == "python" and not os.path.exists(os.path.join(folder, "meta.json")) and world.rank == 0:
+    meta = os.path.join(folder, "meta.json")
+    if dataset == "python" and not os.path.exists(meta) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_pile.py"),
                    "--source=python", f"--dataset={dataset}", f"--data_dir={data_dir}"]
         print0(f"{folder} is not there yet, making it: {' '.join(command)}")
-        if subprocess.run(command).returncode:
+        failed, patience = subprocess.run(command).returncode, 60
+        while failed and patience and not os.path.exists(meta):  # another run may be making it just now
+            time.sleep(1)
+            patience -= 1
+        if not os.path.exists(meta):
             raise ValueError(f"prepare_pile.py could not make {folder}")
     if world.size > 1:
         dist.barrier()
@@ -122,6 +131,8 @@ def parse_steps(text):
     """The set of steps that --snapshot_steps names."""
     try:
         kind, _, number = text.partition(":")
+        if kind in ("every", "log") and int(number) < 1 or not kind and number or kind.startswith("-"):
+            raise ValueError
         if kind == "every":
             return set(range(0, max_iters + 1, int(number))) | {max_iters}
         if kind == "log":
@@ -136,9 +147,13 @@ def check_settings(world):
     if total_batch_size < 1 or batch_size < 1 or total_batch_size % (batch_size * world.size):
         raise ValueError(f"--total_batch_size={total_batch_size} is not a multiple of batch_size * processes = "
                          f"{batch_size} * {world.size}: change one of them")
-    for name in ("max_iters", "warmup_iters", "attn_wd", "mlp_wd", "embed_wd", "learning_rate", "grad_clip", "rank_interval"):
-        if globals()[name] < 0:
-            raise ValueError(f"--{name}={globals()[name]} must not be negative")
+    for name, value in current(globals()).items():
+        if isinstance(value, (int, float)) and value < 0:
+            raise ValueError(f"--{name}={value} must not be negative")
+        if type(value) is int and value >= 2**31:
+            raise ValueError(f"--{name}={value} is too large")
+    if not 0 <= beta1 < 1 or not 0 <= beta2 < 1:
+        raise ValueError(f"--beta1={beta1}, --beta2={beta2} are not in [0, 1)")
     for name in ("log_interval", "eval_interval", "eval_iters", "block_size"):
         if globals()[name] < 1:
             raise ValueError(f"--{name}={globals()[name]} must be at least 1")
@@ -150,8 +165,11 @@ def check_settings(world):
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
 @torch.no_grad()
-def evaluate(model, split, world, autocast, rows=None):
-    """Mean loss in nats per token over `rows` evenly spaced rows of a split (all by default), over all processes."""
+def evaluate(model, split, world, autocast, stop, rows=None):
+    """Mean loss in nats per token over `rows` evenly spaced rows of a split (all by default), over all processes.
+
+    A signal ends the run here: whatever is evaluated was saved before.
+    """
     n = min(rows or split.n_rows, split.n_rows)
     index = np.linspace(0, split.n_rows - 1, n).round().astype(np.int64)
     batches = -(-n // (batch_size * world.size))
@@ -159,6 +177,10 @@ def evaluate(model, split, world, autocast, rows=None):
     model.eval()
     total, count, began, spoke = 0.0, 0, time.time(), time.time()
     for i, (x, y) in enumerate(prefetch(lambda i: split.rows(index[i, world.rank]), range(batches), world.device)):
+        if number := stop.anywhere(world):
+            print0(f"stopped by signal {number} while evaluating: go on with --init_from=resume")
+            end(world)
+            raise SystemExit(128 + number)
         tokens = int((y >= 0).sum())
         if tokens:
             with autocast:
@@ -178,6 +200,7 @@ def main():
     script = os.path.basename(__file__)
     latest = os.path.join(out_dir, "ckpt.pt")
     with input_errors(script):
+        stop = StopSignal()
         world = init_dist(device)
         first = world.rank == 0
         check_settings(world)
@@ -185,16 +208,25 @@ def main():
         snapshots = parse_steps(snapshot_steps)
         os.makedirs(out_dir, exist_ok=True)
         there = os.path.exists(latest)
-        if init_from == "scratch" and there and not overwrite and not eval_only:
+        resume = init_from == "resume" or (there and (init_from == "auto" or (init_from == "scratch" and eval_only)))
+        if eval_only and not resume and init_from in ("scratch", "auto"):
+            raise ValueError(f"--eval_only has nothing to evaluate: {latest} is not there, --init_from=PATH names another checkpoint")
+        if not (resume or eval_only or overwrite) and any(re.fullmatch(RUN_FILE + r"|log\.jsonl|result\.json", name) for name in os.listdir(out_dir)):
             raise ValueError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite starts over, --out_dir goes elsewhere")
+        if world.size > 1:
+            dist.barrier()  # all have looked before the first writes
         data = open_data(world)
         meta = data["train"].meta
+        settings = current(globals())
 
         # model: a fresh one, the same on any device and number of processes, or one from disk
-        resume = init_from == "resume" or (init_from == "auto" and there)
         if resume or init_from not in ("scratch", "auto"):
-            checkpoint = load(latest if resume else init_from)
-            model = load_gpt(checkpoint, dropout)
+            path = latest if resume else os.path.join(init_from, "ckpt.pt") if os.path.isdir(init_from) else init_from
+            checkpoint = load(path)
+            try:
+                model = load_gpt(checkpoint, dropout)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
         else:
             model = GPT(vocab_size or -(-meta["vocab_size"] // 64) * 64, block_size, n_layer, n_head, n_embd, dropout, bias, tied)
             init_weights(model, seed)
@@ -203,7 +235,7 @@ def main():
         for what, needed in (("vocab_size", meta["vocab_size"]), ("block_size", block_size)):
             if model.args[what] < needed:
                 raise ValueError(f"the model's {what} is {model.args[what]}, this data set and --block_size need {needed}")
-        settings = {**current(globals()), **model.args}
+        shape = {"tied": True, **model.args, "block_size": block_size}  # what runs, whatever the flags of an --init_from=PATH say
         model.to(world.device)
 
     # what runs: the same weights, compiled where that pays, behind DDP where there are several processes
@@ -216,9 +248,9 @@ def main():
     autocast = torch.autocast(world.device.type, amp) if amp != torch.float32 else contextlib.nullcontext()
 
     if eval_only:
-        result = whole_splits(fast, data, world, autocast)
+        result = whole_splits(fast, data, world, autocast, stop)
         if first:
-            save_json(os.path.join(out_dir, "eval.json"), {**settings, **result})
+            save_json(os.path.join(out_dir, "eval.json"), {**settings, **shape, **result})
         return end(world)
 
     # optimizer and what else a resumed run takes up
@@ -226,32 +258,35 @@ def main():
         groups = decay_groups(model, attn_wd, mlp_wd, embed_wd)
         optimizers = make_optimizers(groups, optimizer, learning_rate, beta1, beta2, eps, momentum, world.device.type)
         scaler = torch.amp.GradScaler(world.device.type, enabled=amp == torch.float16)
-        past = {"iter_num": 0, "best_val_loss": math.inf, "sum_lr": 0.0, "seconds": 0.0, "log_bytes": 0, "wandb_id": ""}
+        past = {"iter_num": 0, "best_val_loss": math.inf, "seconds": 0.0, "log_bytes": 0, "wandb_id": "",
+                "decay": {g["name"]: 0.0 for g in groups}}  # decay: sum of lr * weight decay so far, by group
         if resume:
             past = {name: checkpoint[name] for name in past}
-            scaler.load_state_dict(checkpoint["scaler"])
+            if scaler.is_enabled() and checkpoint["scaler"]:
+                scaler.load_state_dict(checkpoint["scaler"])
             for opt, state in zip(optimizers, checkpoint["optimizer"] if len(optimizers) > 1 else [checkpoint["optimizer"]]):
                 for old, new in zip(state["param_groups"], opt.param_groups):
-                    old["weight_decay"] = new["weight_decay"]  # this command line's, as the learning rate is
+                    old.update({name: value for name, value in new.items() if name != "params"})  # this command line's settings
                 opt.load_state_dict(state)
-        start, best_val_loss, sum_lr, seconds = past["iter_num"], past["best_val_loss"], past["sum_lr"], past["seconds"]
+        start, best_val_loss, seconds, decay = past["iter_num"], past["best_val_loss"], past["seconds"], dict(past["decay"])
         checkpoint = None  # free its memory
         if first:
-            stale = ["*.tmp*"] if resume else ["*.tmp*", "step_*.pt", "result.json"]  # of a killed run; of one that --overwrite gives up
-            for path in (path for pattern in stale for path in glob.glob(os.path.join(glob.escape(out_dir), pattern))):
-                os.unlink(path)
             here, source = os.path.dirname(os.path.abspath(__file__)), os.path.join(out_dir, "source")
             os.makedirs(source, exist_ok=True)
             for path in glob.glob(os.path.join(glob.escape(here), "*.py")):
                 shutil.copy(path, source)
             log = RunLog(out_dir, past["log_bytes"], settings, wandb_project if wandb_log else "", wandb_run_name or out_dir,
                          past["wandb_id"], source)
+            stale = r".*\.(pt|json)\.tmp\d+" + ("" if resume else r"|step_\d+\.pt|result\.json")  # of a killed run; of one given up
+            for name in os.listdir(out_dir):
+                if re.fullmatch(stale, name):
+                    os.unlink(os.path.join(out_dir, name))
 
     accumulation = total_batch_size // (batch_size * world.size)
     tokens_per_step = total_batch_size * block_size
     flops_per_token = model.flops_per_token(block_size)
     peak, peak_source = peak_flops(world.device, amp)
-    planned_lr = sum_lr + sum(get_lr(step) for step in range(start, max_iters))
+    sum_lr = sum(get_lr(step) for step in range(start, max_iters))
     print0("settings: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
     print0(f"data: {data['train'].n_tokens:,} train tokens ({meta['tokenizer']}) in {data['train'].n_windows:,} windows, "
            f"{max_iters * total_batch_size / data['train'].n_windows:.2f} epochs")
@@ -259,7 +294,9 @@ def main():
            f"= {tokens_per_step:,} tokens a step")
     for g in groups:
         print0(f"group {g['name']:5}: {len(g['params']):3} tensors, {sum(p.numel() for p in g['params']):11,} parameters, "
-               f"weight decay {g['weight_decay']:g}, {planned_lr * g['weight_decay']:.2f} decay time constants")
+               f"weight decay {g['weight_decay']:g}, {decay[g['name']] + sum_lr * g['weight_decay']:.2f} decay time constants")
+    if warmup_iters >= max_iters:
+        print0(f"note: warm-up takes {warmup_iters} steps and max_iters is {max_iters}: the learning rate ends at {get_lr(max_iters):.2e}")
     print0(f"on {world.device}, {amp}, {'compiled' if compiling else 'eager'}; {flops_per_token:,} FLOPs a token, "
            f"MFU against {peak / 1e12:.2f} TFLOP/s ({peak_source})")
 
@@ -269,25 +306,25 @@ def main():
             states = [opt.state_dict() for opt in optimizers]
             save(latest, {"model": model.state_dict(), "optimizer": states if len(states) > 1 else states[0], "model_args": model.args,
                           "iter_num": step, "best_val_loss": best_val_loss, "config": settings, "scaler": scaler.state_dict(),
-                          "sum_lr": sum_lr, "seconds": seconds, "log_bytes": log_bytes, "wandb_id": log.wandb_id,
+                          "decay": decay, "seconds": seconds, "log_bytes": log_bytes, "wandb_id": log.wandb_id,
                           "data": data["train"].fingerprint()})
 
     def report():
-        """Prints and logs the steps since the last report; ends the run where a loss was not finite."""
+        """Prints and logs the steps since the last report; ends the run where a loss or a gradient was not finite."""
         nonlocal unread, seconds
         step, lr = unread[-1][:2]
         values = torch.stack([torch.stack(pair) for _, _, *pair in unread]).cpu().double()  # note: this waits for the GPU
         elapsed = time.perf_counter() - clock
         seconds += elapsed
-        for (bad, *_), loss in zip(unread, values[:, 0].tolist()):
-            if not math.isfinite(loss):
-                print(f"{script}: the loss is {loss} at step {bad} on process {world.rank}; {latest} is the last good checkpoint",
-                      file=sys.stderr, flush=True)
         losses = all_sum(world, *values[:, 0].tolist())
-        if not all(map(math.isfinite, losses)):
-            end(world)
-            raise SystemExit(1)
-        loss, norm = losses[-1] / world.size, float(values[-1, 1])
+        for (bad, *_), here, everywhere, norm in zip(unread, values[:, 0].tolist(), losses, values[:, 1].tolist()):
+            if not math.isfinite(everywhere) or not (math.isfinite(norm) or scaler.is_enabled()):  # fp16's scaler skips such a step
+                if not math.isfinite(here) or (math.isfinite(everywhere) and first):
+                    print(f"{script}: loss {here}, gradient norm {norm} at step {bad} on process {world.rank}; "
+                          f"the last good checkpoint is {latest}", file=sys.stderr, flush=True)
+                end(world)
+                raise SystemExit(1)
+        loss = losses[-1] / world.size
         speed = len(unread) * tokens_per_step / elapsed
         mfu = speed * flops_per_token / (peak * world.size)
         if first:
@@ -297,17 +334,16 @@ def main():
         unread = []
 
     # ------------------------------------------------------------------------------------------------------------ loop
-    stop = StopSignal()
     stream = train_batches(data["train"], world, start, accumulation)
     unread = []  # (step, lr, loss, gradient norm) of the steps since the last report, the tensors still on the device
     for step in range(start, max_iters + 1):
         last, stopped = step == max_iters, stop.anywhere(world)
-        due = step % eval_interval == 0 or last
-        if due or stopped or step in snapshots:
+        due, rank_due = step % eval_interval == 0 or last, rank_interval and (step % rank_interval == 0 or last)
+        if due or stopped or rank_due or step in snapshots:
             if unread:
                 report()  # a loss that is not finite ends the run here, before anything is saved
-            log_bytes = log.size() if first else 0
         if due or stopped:
+            log_bytes = log.size() if first else 0
             save_checkpoint(step, log_bytes)  # before anything that can fail; a resumed run does all that follows again
         if stopped:
             print0(f"stopped by signal {stopped} at step {step}, saved {latest}: go on with --init_from=resume")
@@ -316,7 +352,7 @@ def main():
         if step in snapshots and first:
             save(os.path.join(out_dir, f"step_{step:07d}.pt"),
                  {"model": model.state_dict(), "model_args": model.args, "iter_num": step, "config": settings})
-        if rank_interval and (step % rank_interval == 0 or last) and first:
+        if rank_due and first:
             ranks = summary(attention_layers(model.state_dict(), model.args["n_head"]))
             norms = {f"norm_{g['name']}": math.hypot(*(float(p.detach().norm()) for p in g["params"])) for g in groups}
             norm_all = math.hypot(*norms.values())
@@ -324,7 +360,7 @@ def main():
             print0(f"step {step}: rank95 of W_K^T W_Q {ranks['attn_rank95_qk']:.2f}, of P W_V {ranks['attn_rank95_ov']:.2f} "
                    f"(means over heads of width {model.args['n_embd'] // model.args['n_head']}), parameter norm {norm_all:.2f}")
         if due:
-            val_loss = evaluate(fast, data["val"], world, autocast, eval_iters * total_batch_size)
+            val_loss = evaluate(fast, data["val"], world, autocast, stop, eval_iters * total_batch_size)
             best_val_loss = min(best_val_loss, val_loss)
             if first:
                 log(step, val_loss=val_loss)
@@ -348,10 +384,10 @@ def main():
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
         lr = get_lr(step)
-        sum_lr += lr
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr
+                decay[group["name"]] += lr * group["weight_decay"]
             scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         for opt in optimizers:
@@ -364,23 +400,24 @@ def main():
 
     # ---------------------------------------------------------------------------------------------------------- result
     save_checkpoint(max_iters, log_bytes)  # once more, with the last evaluation's best_val_loss
-    result = {**settings, **whole_splits(fast, data, world, autocast), "best_val_loss": best_val_loss,
+    result = {**settings, **shape, **whole_splits(fast, data, world, autocast, stop), "best_val_loss": best_val_loss,
               "steps": max_iters, "tokens": max_iters * tokens_per_step, "seconds": seconds,
-              "decay_time_constants": sum_lr * attn_wd, "decay_time_constants_mlp": sum_lr * mlp_wd,
-              "decay_time_constants_embed": sum_lr * embed_wd, "processes": world.size, "trained_on": str(world.device)}
+              "decay_time_constants": decay["attn"], "decay_time_constants_mlp": decay["mlp"],
+              "decay_time_constants_embed": decay["embed"], "processes": world.size, "trained_on": str(world.device)}
     if first:
         log(max_iters, test_loss=result["test_loss"], test_ppl=result["test_ppl"])
         save_json(os.path.join(out_dir, "result.json"), result)
-    print0(f"{sum_lr * attn_wd:.2f} decay time constants on attention, {time_left(seconds)} of training; "
+    print0(f"{decay['attn']:.2f} decay time constants on attention, {time_left(seconds)} of training; "
            f"look at it: python analyze.py {out_dir}")
     end(world, log if first else None)
 
 
-def whole_splits(model, data, world, autocast):
+def whole_splits(model, data, world, autocast, stop):
     """Losses and perplexities of the whole val and test splits, printed and returned."""
-    val_loss, test_loss = (evaluate(model, data[split], world, autocast) for split in ("val", "test"))
-    print0(f"whole splits: val loss {val_loss:.4f}, test loss {test_loss:.4f}, test perplexity {math.exp(test_loss):.3f}")
-    return {"val_loss": val_loss, "val_ppl": math.exp(val_loss), "test_loss": test_loss, "test_ppl": math.exp(test_loss)}
+    losses = [evaluate(model, data[split], world, autocast, stop) for split in ("val", "test")]
+    val_ppl, test_ppl = (math.exp(loss) if loss < 700 else math.inf for loss in losses)
+    print0(f"whole splits: val loss {losses[0]:.4f}, test loss {losses[1]:.4f}, test perplexity {test_ppl:.3f}")
+    return {"val_loss": losses[0], "val_ppl": val_ppl, "test_loss": losses[1], "test_ppl": test_ppl}
 
 
 def check_resume(checkpoint, path, fingerprint):
@@ -388,13 +425,19 @@ def check_resume(checkpoint, path, fingerprint):
     if "data" not in checkpoint:
         raise ValueError(f"{path} is not train_lm.py's: --init_from={path} takes its weights into a new run")
     old = checkpoint["config"]
-    differ = [f"{name} was {old[name]}, is {globals()[name]}" for name in SAME_ON_RESUME if old[name] != globals()[name]]
+    now = current(globals())
+    changed = [name for name in now if name not in FREE_ON_RESUME and old.get(name) != now[name]]
+    words = {name: f"{name} was {old.get(name)}, is {now[name]}" for name in changed}
+    differ = [words[name] for name in changed if name in SAME_ON_RESUME or init_from != "resume"]
     if checkpoint["data"] != fingerprint:
         differ.append("the data on disk is not what it was trained on")
     if checkpoint["iter_num"] > max_iters:
         differ.append(f"it is at step {checkpoint['iter_num']}, beyond max_iters {max_iters}")
     if differ:
-        raise ValueError(f"{path} cannot be resumed like this: {'; '.join(differ)}")
+        advice = "" if any(name in SAME_ON_RESUME for name in changed) or not changed else "; --init_from=resume goes on with the new values"
+        raise ValueError(f"{path} is another run: {'; '.join(differ)}{advice}")
+    if changed:
+        print0(f"resumed with other settings: {'; '.join(words.values())}")
 
 
 def end(world, log=None):

@@ -148,7 +148,11 @@ def test_init_from_path_takes_weights_and_starts_at_step_0(train, tmp_path):
                tmp_path / "nanogpt.pt")  # what nanoGPT leaves
     train(tmp_path / "b", max_iters=0, init_from=str(tmp_path / "nanogpt.pt"), n_layer=7)
     assert_same_weights(tmp_path / "a" / "ckpt.pt", tmp_path / "b" / "ckpt.pt")
-    assert load(tmp_path / "b" / "ckpt.pt")["config"]["n_layer"] == 2  # the model's, not the flag's
+    b = json.loads((tmp_path / "b" / "result.json").read_text())
+    assert b["n_layer"] == load(tmp_path / "b" / "ckpt.pt")["model_args"]["n_layer"] == 2  # the model's, not the flag's
+    train(tmp_path / "b", max_iters=0, init_from="resume", n_layer=7)  # the same settings resume it
+    train(tmp_path / "c", max_iters=1, init_from=str(tmp_path / "a"), block_size=16)  # a run folder; a shorter context
+    assert json.loads((tmp_path / "c" / "result.json").read_text())["block_size"] == 16
 
 
 def test_the_checkpoint_is_nanogpts_dict_of_plain_things(train, tmp_path):
@@ -218,7 +222,7 @@ def test_snapshot_steps(monkeypatch, text, steps):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"dataset": "nowhere"}, ["prepare_pile.py --dataset=nowhere"]), ({"batch_size": 3}, ["--total_batch_size=4", "3 * 1"]),
+    ({"dataset": "nowhere"}, ["prepare_pile.py --source=YOUR_TEXT --dataset=nowhere"]), ({"batch_size": 3}, ["--total_batch_size=4", "3 * 1"]),
     ({"device": "cuda:77"}, ["--device=cuda:77"]), ({"device": "toaster"}, ["--device=toaster"]), ({"dtype": "float8"}, ["--dtype=float8"]),
     ({"dtype": "float16"}, ["--dtype=float16"]), ({"optimizer": "lion"}, ["--optimizer=lion"]), ({"compile": "perhaps"}, ["--compile=perhaps"]),
     ({"init_from": "resume"}, ["ckpt.pt"]), ({"init_from": "nowhere.pt"}, ["nowhere.pt"]), ({"snapshot_steps": "often"}, ["--snapshot_steps=often"]),
@@ -234,7 +238,7 @@ def test_wrong_settings_are_one_line_and_exit_2(train, tmp_path, capsys, setting
 
 
 def test_the_command_line_itself(tmp_path):
-    one_line_exit_2(script("train_lm.py", "--dataset=nowhere", f"--out_dir={tmp_path}"), "prepare_pile.py --dataset=nowhere")
+    one_line_exit_2(script("train_lm.py", "--dataset=nowhere", f"--out_dir={tmp_path}"), "prepare_pile.py --source=YOUR_TEXT --dataset=nowhere")
     one_line_exit_2(script("train_lm.py", "--atn_wd=0"), "did you mean attn_wd")
 
 
