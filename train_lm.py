@@ -131,7 +131,7 @@ def parse_steps(text):
     """The set of steps that --snapshot_steps names."""
     try:
         kind, _, number = text.partition(":")
-        if kind in ("every", "log") and int(number) < 1 or not kind and number or kind.startswith("-"):
+        if "-" in text or (number and int(number) < 1):
             raise ValueError
         if kind == "every":
             return set(range(0, max_iters + 1, int(number))) | {max_iters}

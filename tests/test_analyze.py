@@ -107,10 +107,13 @@ def test_runs_side_by_side(tmp_path, run, capsys):
     for name, seed in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
         save(tmp_path / name / "ckpt.pt", seed=seed, step=5)
-        (tmp_path / name / "result.json").write_text('{"attn_wd": 1, "test_ppl": 6.25}')
+        (tmp_path / name / "result.json").write_text('{"attn_wd": 1, "test_ppl": 6.25, "steps": 5}')
     run(tmp_path / "one", tmp_path / "two")
     out = capsys.readouterr().out
     assert "side by side" in out and "attn_wd" in out and "6.25" in out and "heads.png" in out
+    save(tmp_path / "one" / "step_0000003.pt", seed=3, step=3)
+    run(tmp_path / "one" / "step_0000003.pt", tmp_path / "two" / "ckpt.pt", tmp_path / "two")
+    assert capsys.readouterr().out.count("6.25") == 1  # the end's perplexity does not stand beside an earlier snapshot; no run twice
     assert os.path.getsize(tmp_path / "out" / "heads.png") > 10_000 and os.path.getsize(tmp_path / "out" / "heads.pdf") > 5_000
 
 
@@ -120,6 +123,7 @@ def test_other_state_dicts(tmp_path, run):
     want, _ = run(tmp_path / "a.pt")
     state = {f"module._orig_mod.{name}": p for name, p in model.state_dict().items()}
     torch.save(state, tmp_path / "bare.pt")
+    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)  # the mask of an old nanoGPT
     torch.save({"model": state, "model_args": ARGS}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     for got in (run(tmp_path / "bare.pt", n_head=3)[0], run(tmp_path / "old.pt")[0]):
         assert [r["nuclear"] for r in got] == [r["nuclear"] for r in want]

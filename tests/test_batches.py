@@ -115,7 +115,8 @@ def broken(folder, how):
 
 
 @pytest.mark.parametrize("how, words", [
-    ("absent", "prepare_pile.py --source=YOUR_TEXT --dataset=d"), ("not json", "prepare_pile.py --source=YOUR_TEXT --dataset=d"), ("not utf-8", "meta.json"), ("a list", "meta.json"),
+    ("absent", "prepare_pile.py --source=YOUR_TEXT --dataset=d"), ("not json", "prepare_pile.py"), ("not utf-8", "meta.json"),
+    ("a list", "meta.json"),
     ("no splits", "splits"), ("no file", "is missing"), ("truncated", "holds 198 bytes"), ("odd length", "holds 199 bytes"),
     ("longer", "holds 202 bytes"), ("path", "bad file entry"), ("dtype", "uint16"), ("vocab", "vocab_size"), ("negative", "bad file entry"),
     ("ids", "not in the vocabulary of 50"), ("empty", "too few"),

@@ -96,6 +96,7 @@ def test_chunked_loss_is_plain_cross_entropy(dtype):
     y = torch.randint(-1, 500, (300,))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = head_loss(x, w, y)
+    assert loss.dtype == torch.float32  # summed there, whatever the logits are
     loss.backward()
     got = x.grad.clone(), w.grad.clone()
     x.grad = w.grad = None

@@ -47,9 +47,15 @@ def test_twenty_steps_are_ten_and_ten(train, tmp_path, optimizer):
     train(tmp_path / "cut", **same, snapshot_steps="10")
     first = load(tmp_path / "cut" / "ckpt.pt")
     os.remove(tmp_path / "cut" / "ckpt.pt")
-    with pytest.MonkeyPatch.context() as patch:  # stop at step 10, as a signal would
-        patch.setattr(train_lm.StopSignal, "anywhere", lambda self, world: stops.pop(0) if stops else signal.SIGTERM)
-        stops = [0] * 10
+    clip, steps = torch.nn.utils.clip_grad_norm_, []
+
+    def signalled(*args):  # in the tenth step
+        steps.append(1)
+        if len(steps) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clip(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", signalled)
         with pytest.raises(SystemExit) as stop:
             train(tmp_path / "resumed", **same)
     assert stop.value.code == 128 + signal.SIGTERM
@@ -229,6 +235,8 @@ def test_snapshot_steps(monkeypatch, text, steps):
     ({"n_embd": 33}, ["n_embd=33"]), ({"vocab_size": 100}, ["vocab_size is 100"]), ({"block_size": 100_000}, ["lower --block_size"]),
     ({"max_iters": -1}, ["--max_iters=-1"]), ({"dropout": 1.0}, ["--dropout=1.0"]), ({"log_interval": 0}, ["--log_interval=0"]),
     ({"snapshot_steps": "every:0"}, ["--snapshot_steps=every:0"]),
+    ({"snapshot_steps": "-5,7"}, ["--snapshot_steps=-5,7"]), ({"n_head": 0}, ["n_head=0"]), ({"total_batch_size": 10**25}, ["--total_batch_size"]),
+    ({"device": "meta"}, ["--device=meta"]), ({"warmup_lr": -1.0}, ["--warmup_lr=-1.0"]), ({"beta2": 1.0}, ["--beta2=1.0"]),
 ])
 def test_wrong_settings_are_one_line_and_exit_2(train, tmp_path, capsys, settings, words):
     with pytest.raises(SystemExit) as stop:
@@ -246,7 +254,9 @@ def test_a_run_is_not_overwritten_or_resumed_as_another(train, tmp_path, data_di
     train(tmp_path / "a", max_iters=2)
     before = (tmp_path / "a" / "ckpt.pt").read_bytes()
     other = write_data(tmp_path / "data" / "text", {s: [list(range(200)) * 20] for s in ("train", "val", "test")}).parent
-    for settings, words in (({}, "--overwrite"), ({"init_from": "resume", "n_layer": 3}, "n_layer was 2, is 3"),
+    for settings, words in (({}, "--overwrite"), ({"init_from": str(tmp_path / "a" / "ckpt.pt")}, "--overwrite"), (
+                            {"init_from": "auto", "attn_wd": 9.0}, "attn_wd was 1.0, is 9.0"),
+                            ({"init_from": "resume", "n_layer": 3}, "n_layer was 2, is 3"),
                             ({"init_from": "resume", "seed": 2}, "seed was 1337, is 2"), ({"init_from": "resume", "max_iters": 1}, "step 2"),
                             ({"init_from": "resume", "data_dir": str(other)}, "data on disk")):
         with pytest.raises(SystemExit) as stop:
@@ -256,6 +266,50 @@ def test_a_run_is_not_overwritten_or_resumed_as_another(train, tmp_path, data_di
     (tmp_path / "a" / "step_0000002.pt").write_bytes(b"of the old run")
     train(tmp_path / "a", max_iters=3, overwrite=True)
     assert load(tmp_path / "a" / "ckpt.pt")["iter_num"] == 3 and not list((tmp_path / "a").glob("step_*"))
+
+
+def test_resuming_with_other_hyperparameters_takes_them_and_says_so(train, tmp_path, capsys):
+    train(tmp_path / "a", max_iters=10)
+    result = train(tmp_path / "a", init_from="resume", attn_wd=3.0, beta1=0.5, max_iters=12, min_lr=1e-3)
+    assert "attn_wd was 1.0, is 3.0" in capsys.readouterr().out
+    old = {**TINY, "max_iters": 10, "min_lr": 1e-4}
+    with pytest.MonkeyPatch.context() as patch:
+        def lr(step, **settings):
+            for name, value in settings.items():
+                patch.setattr(train_lm, name, value)
+            return train_lm.get_lr(step)
+        schedule = {name: old[name] for name in ("max_iters", "warmup_iters", "learning_rate", "min_lr")}
+        want = sum(lr(s, **schedule) for s in range(10)) * 1.0 + sum(lr(s, **{**schedule, "max_iters": 12, "min_lr": 1e-3}) for s in (10, 11)) * 3.0
+    assert result["decay_time_constants"] == pytest.approx(want)
+    assert {g["betas"][0] for g in load(tmp_path / "a" / "ckpt.pt")["optimizer"]["param_groups"]} == {0.5}
+
+
+def test_eval_only_takes_the_run_that_is_there(train, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "a", eval_only=True)
+    assert stop.value.code == 2 and "nothing to evaluate" in capsys.readouterr().err
+    result = train(tmp_path / "a")
+    train(tmp_path / "a", eval_only=True)
+    assert json.loads((tmp_path / "a" / "eval.json").read_text())["test_loss"] == result["test_loss"]
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(train, tmp_path, capsys, monkeypatch):
+    clip, steps = torch.nn.utils.clip_grad_norm_, []
+
+    def infinite(*args):
+        steps.append(1)
+        return clip(*args) + (math.inf if len(steps) == 13 else 0)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", infinite)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, eval_interval=1)
+    assert stop.value.code == 1 and "gradient norm inf at step 12 on process 0" in capsys.readouterr().err
+    assert load(tmp_path / "ckpt.pt")["iter_num"] == 12
+    assert all("NaN" not in line and "Infinity" not in line for line in (tmp_path / "log.jsonl").read_text().splitlines())
+
+
+def test_a_hopeless_loss_still_ends_with_a_result(train, tmp_path):
+    result = train(tmp_path, max_iters=1, learning_rate=1e4, min_lr=1e4, warmup_iters=0, rank_interval=0)
+    assert result["test_ppl"] is None and result["test_loss"] > 700
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_good_checkpoint(train, tmp_path, capsys, monkeypatch):
@@ -269,6 +323,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_good_checkpoint(tr
     with pytest.raises(SystemExit) as stop:
         train(tmp_path)
     err = capsys.readouterr().err
-    assert stop.value.code == 1 and "nan at step 13 on process 0" in err
+    assert stop.value.code == 1 and "loss nan" in err and "at step 13 on process 0" in err and len(err.strip().splitlines()) == 1
     checkpoint = load(tmp_path / "ckpt.pt")
     assert checkpoint["iter_num"] == 10 and all(p.isfinite().all() for p in checkpoint["model"].values())
