@@ -12,6 +12,7 @@ Training draws sequence number 0, 1, 2, ... of an endless stream: each epoch is 
 resuming, other world sizes and evaluation need no generator state.
 """
 import json
+import math
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +56,7 @@ class TokenSplit:
     def windows(self, index):
         """Windows number index (an int array in [0, n_windows)) as int64 (len(index), block_size + 1), by one gather per file."""
         if len(self.files) == 1:
-            out = self.files[0][index].astype(np.int64)
+            out = self.files[0][index].astype(np.int64)  # one strided gather
         else:
             out = np.empty((len(index), self.block_size + 1), dtype=np.int64)
             owner = np.searchsorted(self.firsts, index, side="right") - 1
@@ -123,7 +124,7 @@ def open_tokens(path, n_tokens, dtype):
     if size != n_tokens * dtype.itemsize:
         state = "is missing" if size < 0 else f"holds {size} bytes where meta.json says {n_tokens * dtype.itemsize}"
         raise ValueError(f"{path} {state}: copy it again, or run prepare_pile.py for this data set again")
-    return np.memmap(path, dtype=dtype, mode="r", shape=(n_tokens,)) if n_tokens else np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(n_tokens,))) if n_tokens else np.empty(0, dtype)
 
 
 def crc32(path, chunk=1 << 24):
@@ -170,18 +171,18 @@ def shuffled(n, seed, start, count):
 def permute(i, n, key):
     """Where a pseudo-random permutation of range(n), chosen by `key`, sends i (an int array). O(1) memory.
 
-    A Feistel network on the next even number of bits, walked along its cycles until the value is below n (Black & Rogaway 2002).
+    A Feistel network on pairs (left, right) of digits to the base ceil(sqrt(n)), walked along its cycles until the value is
+    below n, which nearly all are at once (Black & Rogaway 2002, "generalised Feistel").
     """
-    half = (max(n - 1, 1).bit_length() + 1) // 2
-    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    base = np.uint64(math.isqrt(max(n - 1, 0)) + 1)
     keys = mix64(np.arange(6, dtype=np.uint64) + np.uint64(key & (2**64 - 1)))
-    out = np.asarray(i, dtype=np.uint64).copy()
+    out = np.array(i, dtype=np.uint64)
     todo = np.arange(len(out))
     while len(todo):
-        left, right = out[todo] >> shift, out[todo] & mask
+        left, right = out[todo] // base, out[todo] % base
         for k in keys:
-            left, right = right, left ^ (mix64(right + k) & mask)
-        out[todo] = left << shift | right
+            left, right = right, (left + mix64(right + k) % base) % base
+        out[todo] = left * base + right
         todo = todo[out[todo] >= n]
     return out.astype(np.int64)
 

@@ -135,12 +135,13 @@ class GPT(nn.Module):
 def head_loss(x, weight, targets, rows=1024):
     """Mean cross-entropy of the logits x weight^T, (N, d) x (V, d), against targets (N,), those of -1 left out.
 
-    Eagerly in float32 `rows` tokens at a time through torch's linear_cross_entropy (torch >= 2.13): the (N, V) logits never exist
-    at once, and it is the faster way too (RESULTS.md, "Head and loss"; torch's own choice of chunk is far slower on a CPU). In
-    bfloat16 it would sum the loss in bfloat16, and a compiled model would break its graph there: those take the plain way.
+    Eagerly in float32, where the logits are large, `rows` tokens at a time through torch's linear_cross_entropy (torch >= 2.13):
+    the (N, V) logits never exist at once, and it is the faster way too (RESULTS.md, "Head and loss"; torch's own choice of chunk
+    is far slower on a CPU). In bfloat16 it would sum the loss in bfloat16, and a compiled model would break its graph there: those
+    take the plain way.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or not hasattr(F, "linear_cross_entropy") \
-            or not weight.shape[0] > weight.shape[1] <= x.shape[0]:
+            or len(x) * len(weight) < 2**24:  # 64 MB of logits
         return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=min(rows, len(x)))
     return F.linear_cross_entropy(x, weight, targets, ignore_index=-1, options=options)

@@ -92,8 +92,8 @@ def test_attention_is_softmax_of_scores_times_values(causal):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunked_loss_is_plain_cross_entropy(dtype):
     torch.manual_seed(0)
-    x, w = torch.randn(300, 16, requires_grad=True), torch.randn(500, 16, requires_grad=True)
-    y = torch.randint(-1, 500, (300,))
+    x, w = torch.randn(3000, 16, requires_grad=True), torch.randn(8000, 16, requires_grad=True)  # enough for chunks
+    y = torch.randint(-1, 8000, (3000,))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         loss = head_loss(x, w, y)
     assert loss.dtype == torch.float32  # summed there, whatever the logits are
