@@ -95,7 +95,7 @@ def test_norms_and_cosines_over_a_run(tmp_path, run):
         assert float(rows[step, "all"]["norm"]) == pytest.approx(flat[i].norm().item())
         assert int(rows[step, "all"]["parameters"]) == len(flat[i])  # the tied head counts once
         attn = [p for name, p in models[i].named_parameters() if ".attn." in name]
-        assert float(rows[step, "attn"]["norm"]) == pytest.approx(math.sqrt(sum(float(p.double().pow(2).sum()) for p in attn)))
+        assert float(rows[step, "attn"]["norm"]) == pytest.approx(math.sqrt(sum(float(p.detach().double().pow(2).sum()) for p in attn)))
         layer = [p for name, p in models[i].named_parameters() if ".h.1." in name]
         assert int(rows[step, "layer_1"]["parameters"]) == sum(p.numel() for p in layer)
     assert rows["1", "all"]["cos_prev"] == ""
