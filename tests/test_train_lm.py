@@ -187,6 +187,7 @@ def test_the_log_has_what_the_design_names(train, tmp_path):
 
 
 def test_wandb_offline(train, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(tmp_path, max_iters=3, wandb_log=True)
