@@ -28,7 +28,7 @@ import prepare_pile
 import train_lm
 from batches import TokenSplit
 from checkpoints import attention_layers
-from common import init_dist, input_errors, peak_flops, pick_dtype, save, synchronize, write_atomic
+from common import init_dist, input_errors, peak_flops, pick_dtype, save, save_json, synchronize, write_atomic
 from configurator import configure
 from model import GPT, decay_groups, head_loss, init_weights, make_optimizers
 from spectra import metrics, singular_values, summary
@@ -250,9 +250,9 @@ def main(names):
     for name in BENCHES if not names or "all" in names else names:
         rows += list(BENCHES[name](world) or [])
     os.makedirs(out_dir, exist_ok=True)
-    with open(os.path.join(out_dir, "bench.json"), "w", encoding="utf-8") as file:
-        json.dump({"device": str(world.device), "torch": torch.__version__, "threads": torch.get_num_threads(), "repeats": repeats,
-                   "command": " ".join(sys.argv), "rows": rows}, file, indent=2)
+    save_json(os.path.join(out_dir, "bench.json"),
+              {"device": str(world.device), "torch": torch.__version__, "threads": torch.get_num_threads(), "repeats": repeats,
+               "command": " ".join(sys.argv), "rows": rows})
 
 
 if __name__ == "__main__":

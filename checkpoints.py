@@ -15,6 +15,7 @@ import torch
 
 from common import load
 
+RUN_FILE = r"ckpt\.pt|step_(\d+)\.pt"  # what train_lm.py leaves in a run folder
 
 class AttentionLayer(NamedTuple):
     """One attention layer's heads: W_Q, W_K, W_V (H, r, d), P (H, d, r); `stack` is empty for models that have one stack."""
@@ -109,9 +110,6 @@ class Checkpoint:
             yield from attention_layers(self.tensors, self.n_head)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
-
-
-RUN_FILE = r"ckpt\.pt|step_(\d+)\.pt"  # what train_lm.py leaves in a run folder
 
 
 def run_of(path):

@@ -10,10 +10,10 @@ import sys
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 from checkpoints import run_of
-from common import input_errors  # noqa: E402
+from common import input_errors
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]  # Okabe & Ito, colour-blind safe
 MARKERS = "osD^vPX*"

@@ -240,7 +240,7 @@ def vocabulary(name):
         raise ValueError(f"--tokenizer={name}: expects byte, {', '.join(sorted(tiktoken.list_encoding_names()))}")
     try:
         enc = tiktoken.get_encoding(name)
-    except Exception as error:  # noqa: BLE001  of requests, or a ValueError for a file that came damaged
+    except Exception as error:  # of requests, or a ValueError for a file that came damaged
         raise ValueError(f"tiktoken cannot fetch {name}'s vocabulary ({type(error).__name__}); offline, set TIKTOKEN_CACHE_DIR to a "
                          "folder that a machine with network has filled so, or take --tokenizer=byte") from None
     if EOT not in enc.special_tokens_set:
@@ -361,7 +361,7 @@ class Part:
             if not os.path.exists(path) or os.path.getsize(path) < size:
                 raise ValueError(f"{path} is missing or shorter than {self.path} says: delete {folder} to begin anew")
             if not self.is_full(shard):
-                self.open[split] = open(path, "r+b")  # noqa: SIM115
+                self.open[split] = open(path, "r+b")
                 self.open[split].truncate(size)
                 self.open[split].seek(size)
 
@@ -385,7 +385,7 @@ class Part:
             if split not in self.open:
                 part = f"part{shard_index:03d}_" if num_shards > 1 else ""
                 mine["files"].append({"name": f"{split}_{part}{len(mine['files']):05d}.bin", "tokens": 0, "crc32": "00000000"})
-                self.open[split] = open(os.path.join(self.folder, mine["files"][-1]["name"] + ".tmp"), "wb")  # noqa: SIM115
+                self.open[split] = open(os.path.join(self.folder, mine["files"][-1]["name"] + ".tmp"), "wb")
             self.open[split].write(ids)
             shard, tokens = mine["files"][-1], len(ids) // np.dtype(self.dtype).itemsize
             shard["crc32"] = f"{zlib.crc32(ids, int(shard['crc32'], 16)):08x}"

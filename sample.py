@@ -4,11 +4,11 @@ Text from a GPT checkpoint, ours or nanoGPT's.
     python sample.py out/demo-0 --prompt="def main(" --max_new_tokens=300
     python sample.py gpt2-finetuned/ckpt.pt --tokenizer=gpt2 --temperature=0.8 --top_k=200
 """
-import json
 import os
 
 import torch
 
+from batches import read_meta
 from common import init_dist, input_errors, load
 from configurator import configure
 from model import load_gpt
@@ -43,10 +43,10 @@ def main(path):
         name = tokenizer
         if name == "auto":
             config = checkpoint.get("config") or {}
-            meta = os.path.join(config.get("data_dir", "data"), config.get("dataset", ""), "meta.json")
-            if not os.path.exists(meta):
-                raise ValueError(f"{path} does not tell its tokenizer ({meta} is not there): give --tokenizer=gpt2 or byte")
-            name = json.load(open(meta, encoding="utf-8"))["tokenizer"]
+            folder = os.path.join(config.get("data_dir", "data"), config.get("dataset", ""))
+            if not os.path.exists(os.path.join(folder, "meta.json")):
+                raise ValueError(f"{path} does not tell its tokenizer ({folder} is not there): give --tokenizer=gpt2 or byte")
+            name = read_meta(folder)["tokenizer"]
         encode, decode, n_tokens = codec(name)
         if not prompt or num_samples < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 0:
             raise ValueError("--prompt must not be empty, --num_samples and --max_new_tokens at least 1, --temperature and --top_k not negative")

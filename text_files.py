@@ -88,7 +88,7 @@ def hub_files(place):
     repo, below = "/".join(place.split("/")[:2]), "/".join(place.split("/")[2:]).rstrip("/")
     try:
         info = hub.HfApi().dataset_info(repo, files_metadata=True, timeout=10)
-    except Exception as error:  # noqa: BLE001  of httpx, requests or huggingface_hub, as versions differ
+    except Exception as error:  # of httpx, requests or huggingface_hub, as versions differ
         raise ValueError(f"{place} is no file or folder here, and the Hugging Face hub did not give it: {first_line(error)}") from None
     return [Input("", f"hf://datasets/{repo}@{info.sha}/{file.rfilename}", file.rfilename, file.size or 1)
             for file in sorted(info.siblings, key=lambda file: file.rfilename) if file.rfilename.startswith(below and below + "/")]
@@ -120,7 +120,7 @@ def read_chunks(file, text_key, max_bytes, size=CHUNK):
                 first += len(data) if kind == "parquet" else data.count(b"\n")
     except InputError:
         raise
-    except Exception as error:  # noqa: BLE001  pyarrow, gzip, zlib and the hub's clients raise a dozen kinds
+    except Exception as error:  # pyarrow, gzip, zlib and the hub's clients raise a dozen kinds
         raise ValueError(f"{file.path}: damaged or cut short ({first_line(error)}); what is done is kept, "
                          "and the same command goes on once the file is whole") from None
 

@@ -339,9 +339,8 @@ def main():
     for step in range(start, max_iters + 1):
         last, stopped = step == max_iters, stop.anywhere(world)
         due, rank_due = step % eval_interval == 0 or last, rank_interval and (step % rank_interval == 0 or last)
-        if due or stopped or rank_due or step in snapshots:
-            if unread:
-                report()  # a loss that is not finite ends the run here, before anything is saved
+        if unread and (due or stopped or rank_due or step in snapshots):
+            report()  # a loss that is not finite ends the run here, before anything is saved
         if due or stopped:
             log_bytes = log.size() if first else 0
             save_checkpoint(step, log_bytes)  # before anything that can fail; a resumed run does all that follows again
