@@ -1,141 +1,265 @@
 """
-Any checkpoint on disk -> per attention layer (stack, layer, W_Q, W_K, W_V, P), read lazily; a model family is one row of FAMILIES.
+Any checkpoint on disk, or on the Hugging Face hub -> its tensors, read lazily, and the heads of its attention layers.
 
-    for ckpt in open_all(["out/demo", "nanogpt.pt"]):
+    for ckpt in open_all(["out/demo", "nanogpt.pt", "Llama-2-7b-hf", "EleutherAI/pythia-70m@step1000"]):
         for layer in ckpt.attention_layers():
             layer.W_Q     # (H, r, d) float tensor, likewise W_K, W_V; layer.P is (H, d, r)
+
+A checkpoint is a .pt/.pth/.bin/.ckpt file (opened with weights_only=True, memory-mapped), a .safetensors file, an index of shards of either, or a
+folder that holds one of these; several in order of step make a run. Only what is asked for is read, and let go again.
 """
-import difflib
+import argparse
+import json
 import os
+import pathlib
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from common import load
+from families import find_attention, heads_of, split_heads
 
 RUN_FILE = r"ckpt\.pt|step_(\d+)\.pt"  # what train_lm.py leaves in a run folder
-
-class AttentionLayer(NamedTuple):
-    """One attention layer's heads: W_Q, W_K, W_V (H, r, d), P (H, d, r); `stack` is empty for models that have one stack."""
-    stack: str
-    layer: int
-    W_Q: torch.Tensor
-    W_K: torch.Tensor
-    W_V: torch.Tensor
-    P: torch.Tensor
-
-
-class Family(NamedTuple):
-    """How one family names and stores attention.
-
-    layer: regex of the part of a name that precedes the tensors below, with a group `layer` (and `stack` where there are several)
-    tensors: what follows it, one name a tensor; heads(tensors, n_head) -> W_Q, W_K, W_V, P as AttentionLayer has them
-    """
-    layer: str
-    tensors: tuple
-    heads: Callable
+STEP = r"(?:^|(?<=[._@-]))(?:global_?)?(?:step|checkpoint|ckpt|iter|iteration)[-_=]?(\d+)(?=$|[._-])"  # step1000, checkpoint-500, a_step7.pt
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+NOT_MODELS = r"training_args|optimizer|scheduler|rng_state|random_states|scaler"  # what else trainers leave under these suffixes
+STATE_DICTS = ("model", "model_state", "state_dict", "model_state_dict", "module", "net", "weights")  # where files keep the state dict
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module")  # what DDP, torch.compile, FSDP, DeepSpeed put into names
+BUFFERS = r"(^|\.)(tril|mask|IGNORE|inv_freq|position_ids|masked_bias|running_mean|running_var)$"  # no parameters, though stored
+HARMLESS = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.dtype, np._core.multiarray.scalar,
+            (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), *{type(np.dtype(c)) for c in "?bhilqBHILQefd"}]
 
 
-def fused_rows(tensors, n_head):
-    """c_attn.weight (3d, d) with q, k, v stacked and heads contiguous in each; c_proj.weight (d, d)."""
-    qkv, out = tensors
-    d = qkv.shape[-1]
-    if qkv.shape != (3 * d, d) or out.shape != (d, d) or d % n_head:
-        raise ValueError(f"shapes {tuple(qkv.shape)}, {tuple(out.shape)} do not divide into {n_head} heads of (3d, d), (d, d)")
-    W_Q, W_K, W_V = qkv.view(3, n_head, d // n_head, d)
-    return W_Q, W_K, W_V, out.view(d, n_head, d // n_head).transpose(0, 1)
-
-
-FAMILIES = {
-    "GPT (ours, nanoGPT)": Family(r"(?:^|.*\.)h\.(?P<layer>\d+)\.attn\.", ("c_attn.weight", "c_proj.weight"), fused_rows),
-}
-
-
-def attention_layers(tensors, n_head):
-    """Yields an AttentionLayer per layer of a {name: tensor} dict (a state dict), in order.
-
-    n_head: heads per layer. Raises ValueError where no family matches, naming what was looked for and the nearest names there are.
-    """
-    for family in FAMILIES.values():
-        found = {}
-        for name in tensors:
-            match = re.fullmatch(f"({family.layer}){re.escape(family.tensors[0])}", name)
-            if match:
-                found[match.groupdict().get("stack") or "", int(match["layer"])] = match[1]
-        if not found:
-            continue
-        for (stack, layer), prefix in sorted(found.items()):
-            names = [prefix + tail for tail in family.tensors]
-            missing = [name for name in names if name not in tensors]
-            if missing:
-                raise ValueError(f"attention of layer {layer} lacks {missing[0]}")
-            try:
-                heads = family.heads([tensors[name] for name in names], n_head)
-            except ValueError as error:
-                raise ValueError(f"{names[0]}: {error}") from None
-            yield AttentionLayer(stack, layer, *heads)
-        return
-    looked_for = sorted({f"...h.0.attn.{tail}" if "h\\." in f.layer else tail for f in FAMILIES.values() for tail in f.tensors})
-    near = sorted(tensors, key=lambda name: -difflib.SequenceMatcher(None, name, "transformer.h.0.attn.c_attn.weight").ratio())[:10]
-    raise ValueError(f"no attention found: looked for {', '.join(looked_for)}; nearest of the {len(tensors)} names there: "
-                     f"{', '.join(near) or 'none'}")
+class Stored(NamedTuple):
+    """Where a tensor lies: its file, its name there, its shape, its dtype, and what memory it shares (tied weights) there."""
+    file: str
+    key: str
+    shape: tuple
+    dtype: str
+    memory: object
 
 
 class Checkpoint:
-    """A checkpoint on disk: `path`, `step` (-1 where unknown), `tensors` {name: tensor}, `n_head`; tensors are memory-mapped."""
+    """A checkpoint: `path`, `step` (-1 where unknown), `tensors` {name: Stored}, `shapes` {name: shape}, `configs` {source: dict}."""
 
-    def __init__(self, path, n_head=0):
-        """n_head: heads per layer where the checkpoint does not say. Raises ValueError for what is not a readable checkpoint."""
-        raw = load(path, mmap=True)
-        state = raw.get("model", raw) if isinstance(raw, dict) else None
-        if not isinstance(state, dict) or not any(isinstance(p, torch.Tensor) for p in state.values()):
-            raise ValueError(f"{path}: no state dict in it, neither bare nor under 'model'")
-        self.path = path
-        self.tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): p for name, p in state.items()
-                        if isinstance(name, str) and isinstance(p, torch.Tensor)
-                        and not (name.endswith(".attn.bias") and p.ndim == 4)}  # the causal mask that nanoGPT once stored
-        args = raw.get("model_args") or {}
-        self.n_head = n_head or (args.get("n_head", 0) if isinstance(args, dict) else 0)
-        in_name = re.fullmatch(RUN_FILE, os.path.basename(path))
-        step = raw.get("iter_num", in_name and in_name[1])
-        self.step = int(step) if isinstance(step, (int, str)) else -1
+    def __init__(self, path, n_head=0, n_kv_head=0, d_head=0, pattern="", layout="separate", state_dict=""):
+        """n_head, n_kv_head, d_head: heads where the checkpoint does not say; pattern, layout: names that no scheme knows (families.py);
+        state_dict: which of several in a file. Raises ValueError for what is not a readable checkpoint."""
+        self.path, self.step, self.state_dict, self.opened, self.tensors = path, step_in(path), state_dict, {}, {}
+        self.heads, self.names = {"n_head": n_head, "n_kv_head": n_kv_head, "d_head": d_head}, {"pattern": pattern, "layout": layout}
+        files, configs = locate(path)
+        self.configs = {os.path.basename(file): read_json(file) for file in configs}
+        for file in files:
+            get, stored, extra = self.open_file(file)
+            if not file.endswith(".safetensors") and os.path.getsize(file) < 2**28:
+                self.opened[file] = get  # unpickling it again for each layer would cost more than keeping it mapped
+            self.tensors.update(stored)
+            extra = {key: vars(x) if isinstance(x, argparse.Namespace) else x for key, x in extra.items()}
+            self.configs = {**{f"its {key}": x for key, x in extra.items() if isinstance(x, dict)}, **self.configs}
+            self.step = next((extra[key] for key in ("iter_num", "global_step", "step") if type(extra.get(key)) is int), self.step)
+        self.shapes = {name: x.shape for name, x in self.tensors.items()}
 
-    def attention_layers(self):
-        """See attention_layers. Raises ValueError naming the file."""
-        if type(self.n_head) is not int or self.n_head < 1:
-            raise ValueError(f"{self.path}: it does not say how many heads a layer has (model_args.n_head); give --n_head")
+    def open_file(self, file):
+        """(get(key) -> tensor, {name: Stored}, what else is in it) of one file."""
+        if file.endswith(".safetensors"):
+            try:
+                handle = safe_open(file, "pt")
+                slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file}: damaged, or not a .safetensors file ({str(error).splitlines()[0][:150]})") from None
+            return handle.get_tensor, {clean(key): Stored(file, key, tuple(x.get_shape()), x.get_dtype(), key) for key, x in slices.items()}, {}
+        with torch.serialization.safe_globals(HARMLESS):
+            raw = load(file, mmap=True)
+        key, state = find_state_dict(file, raw, self.state_dict)
+        stored = {clean(name): Stored(file, name, tuple(x.shape), str(x.dtype)[6:], (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape))
+                  for name, x in state.items() if isinstance(name, str) and isinstance(x, torch.Tensor)}
+        return state.__getitem__, stored, {name: x for name, x in raw.items() if name != key} if key else {}
+
+    def read(self, names):
+        """{name: tensor} of these names, memory-mapped: no longer in memory once they are dropped."""
+        opened = dict(self.opened)
+        for file in {self.tensors[name].file for name in names} - opened.keys():
+            opened[file] = self.open_file(file)[0]
+        return {name: opened[self.tensors[name].file](self.tensors[name].key) for name in names}
+
+    def modules(self):
+        """Its attention modules (families.Module), in order. Raises ValueError naming the file."""
         try:
-            yield from attention_layers(self.tensors, self.n_head)
+            return find_attention(self.shapes, **self.names)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
 
+    def heads_of(self, module):
+        """(heads, where that is from). Raises ValueError naming the file."""
+        try:
+            return heads_of(module, self.shapes, self.configs, **self.heads)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+    def attention_layer(self, module):
+        """The AttentionLayer of a module, read from disk. Raises ValueError naming the file."""
+        n_head, _ = self.heads_of(module)
+        tensors = self.read([x for entry in module.names for x in ([entry] if isinstance(entry, str) else entry)])
+        try:
+            return split_heads(module, tensors, n_head, self.heads["n_kv_head"])
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+    def attention_layers(self):
+        """Yields its AttentionLayers, each read when it is asked for. Raises ValueError naming the file."""
+        for module in self.modules():
+            yield self.attention_layer(module)
+
+    def parameters(self):
+        """The names of its parameters: without scalars, integers and known buffers; what is tied counts once, under its first name."""
+        seen = set()
+        return [name for name, x in self.tensors.items() if x.shape and 0 not in x.shape and re.match(r"float|bfloat|F\d|BF", x.dtype)
+                and not re.search(BUFFERS, name) and not (name.endswith(("attn.bias", "attention.bias")) and len(x.shape) > 2)  # causal masks
+                and not ((x.file, x.memory) in seen or seen.add((x.file, x.memory)))]
+
+
+def clean(name):
+    """A tensor's name without what wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def find_state_dict(file, raw, wanted=""):
+    """(key, state dict) in what a torch file holds; the key is empty for a bare one. Raises ValueError where there is none, or a choice."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: holds a {type(raw).__name__}, no state dict")
+    inside = [key for key, x in raw.items() if isinstance(key, str) and isinstance(x, dict) and any(isinstance(p, torch.Tensor) for p in x.values())]
+    if wanted and wanted not in inside:
+        raise ValueError(f"{file}: no state dict under --state_dict={wanted}; there is {', '.join(inside) or 'none under any key'}")
+    known = [wanted] if wanted else [key for key in STATE_DICTS if key in inside]
+    if known:
+        return known[0], raw[known[0]]
+    if any(isinstance(p, torch.Tensor) for p in raw.values()):
+        return "", raw
+    if len(inside) != 1:
+        raise ValueError(f"{file}: no state dict in it, neither bare nor under {', '.join(STATE_DICTS)}" if not inside else
+                         f"{file}: several state dicts in it: choose by --state_dict={' or --state_dict='.join(inside)}")
+    return inside[0], raw[inside[0]]
+
+# ------------------------------------------------------------------------------------------------------- files and folders
+
+def read_json(file):
+    """The object in a JSON file. Raises ValueError naming the file."""
+    try:
+        with open(file, encoding="utf-8") as stream:
+            value = json.load(stream)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expects a JSON object")
+    return value
+
+
+def locate(path):
+    """(weight files, config files) of one checkpoint: a file, an index of shards, a folder, a folder of the hub's cache or a hub id, the last
+    two with @REVISION where wanted. Raises ValueError for what is not there."""
+    base, _, revision = path.partition("@") if not os.path.exists(path) else (path, "", "")
+    if os.path.isdir(os.path.join(base, "snapshots")):  # the hub's cache: refs/REVISION holds the name of a folder in snapshots
+        ref = os.path.join(base, "refs", *(revision or "main").split("/"))
+        if not os.path.isfile(ref):
+            raise ValueError(f"{path}: no revision {revision or 'main'} in {os.path.join(base, 'refs')}")
+        with open(ref, encoding="utf-8") as file:
+            path = os.path.join(base, "snapshots", file.read().strip())
+    elif not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not os.path.isdir(os.path.dirname(base)):
+        return from_hub(base, revision)
+    folder, name = os.path.split(path)
+    if os.path.isdir(path):
+        folder, names = path, sorted(os.listdir(path))
+    elif not os.path.exists(path):
+        raise ValueError(f"{path}: no such file or folder")
+    elif re.search(r"-\d+-of-\d+\.", name) or re.fullmatch(r"consolidated\.\d+\.pth", name) and len(parts := re.findall(
+            r"consolidated\.\d+\.pth", " ".join(os.listdir(folder or ".")))) > 1:
+        raise ValueError(f"{path}: one part of a model; give the folder" if "-of-" in name else
+                         f"{path}: one of {len(parts)} model-parallel parts; convert them to one (transformers' convert_llama_weights_to_hf.py)")
+    else:
+        names = [name]
+    weights = choose(path, names, lambda name: os.path.join(folder, name))
+    beside = [os.path.join(folder, name) for name in ("config.json", "params.json")]  # Hugging Face, timm; Meta
+    return weights, [file for file in beside if os.path.isfile(file)]
+
+
+def from_hub(repo, revision):
+    """locate for a model on the Hugging Face hub: fetches its config and weights into the hub's cache, nothing else."""
+    from huggingface_hub import HfApi, hf_hub_download
+    at = {"repo_id": repo, "revision": revision or None}
+    try:
+        names = HfApi().list_repo_files(**at)
+        def fetch(name): return hf_hub_download(filename=name, **at)
+        return choose(repo, names, fetch), [fetch(name) for name in ("config.json", "params.json") if name in names]
+    except (ValueError, OSError, RuntimeError) as error:
+        if type(error) is ValueError:
+            raise
+        raise ValueError(f"{repo}: no such file or folder here, and the Hugging Face hub did not give it: "
+                         f"{(str(error).splitlines() or [type(error).__name__])[0][:200]}") from None
+
+
+def choose(path, names, fetch):
+    """The weight files among `names`, those of one checkpoint; fetch(name) -> its path on disk. Raises ValueError where it is not clear which."""
+    for index in [name for end in (".safetensors.index.json", ".bin.index.json") for name in names if name.endswith(end)][:1]:
+        shards = read_json(fetch(index)).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ValueError(f"{path}: {index} has no weight_map of file names")
+        folder = os.path.dirname(fetch(index))
+        shards = sorted(set(shards.values()))
+        missing = [shard for shard in shards if shard not in names and not (len(names) == 1 and os.path.basename(shard) == shard
+                                                                            and os.path.isfile(os.path.join(folder, shard)))]
+        if missing:
+            raise ValueError(f"{path}: {index} names {missing[0]}, which is not there")
+        return [fetch(shard) for shard in shards]
+    found = [name for name in names if name.endswith(SUFFIXES) and not re.match(NOT_MODELS, os.path.basename(name))]
+    for best in (["model.safetensors"], ["pytorch_model.bin"], [name for name in found if name.endswith(".safetensors")], found):
+        chosen = [name for name in best if name in found]
+        if len(chosen) == 1:
+            return [fetch(chosen[0])]
+    raise ValueError(f"{path}: no model in it, looked for model.safetensors, pytorch_model.bin, an index of shards, one file of "
+                     f"{' '.join(SUFFIXES)}, ckpt.pt, step_*.pt or folders step*, checkpoint-*" if not found else
+                     f"{path}: several weight files and no index ({', '.join(found[:4])}{' ...' if len(found) > 4 else ''}): give one")
+
+# -------------------------------------------------------------------------------------------------------------------- runs
+
+def step_in(path):
+    """The step that a checkpoint's name tells, -1 where it tells none."""
+    match = re.search(STEP, os.path.basename(path))
+    return int(match[1]) if match else -1
+
 
 def run_of(path):
-    """The run that a checkpoint file belongs to: its folder where it has a name that runs have, else the file itself."""
-    return os.path.dirname(path) or "." if re.fullmatch(RUN_FILE, os.path.basename(path)) else path
+    """The run that a checkpoint belongs to: its path without what tells the step."""
+    folder, name = os.path.split(path)
+    if re.fullmatch(RUN_FILE, name):
+        return folder or "."
+    rest = re.sub(STEP, "", name.removesuffix(next((end for end in SUFFIXES if name.endswith(end)), ""))).strip("._-@")
+    return path if not re.search(STEP, name) else os.path.join(folder, rest) if rest else folder or "."
 
 
 def expand(paths):
-    """The checkpoint files that command-line arguments stand for, each once, run by run in order of step: a file itself; of a
-    run folder its snapshots and ckpt.pt. Raises ValueError for a folder that has neither."""
+    """The checkpoints that command-line arguments stand for, each once, run by run in order of step: a file, a model's folder or a hub id is
+    itself; of a run folder its snapshots and ckpt.pt; of a folder of step*, checkpoint-* (folders, files, or revisions in the hub's cache) these."""
     runs = {}
     for path in map(os.path.normpath, paths):
-        files = [path]
-        if os.path.isdir(path):
-            files = [os.path.join(path, name) for name in os.listdir(path) if re.fullmatch(RUN_FILE, name)]
-            if not files:
-                raise ValueError(f"{path}: a folder without ckpt.pt or step_*.pt")
-        runs.setdefault(run_of(files[0]), set()).update(files)
-    return [file for files in runs.values() for file in sorted(files, key=lambda file: (file.endswith("ckpt.pt"), file))]
+        names = os.listdir(path) if os.path.isdir(path) else []
+        found = [os.path.join(path, name) for name in names if re.fullmatch(RUN_FILE, name)]
+        found = found or [os.path.join(path, name) for name in names if re.search(STEP, name)
+                          and (name.endswith(SUFFIXES) or os.path.isdir(os.path.join(path, name)))]
+        refs = os.path.join(path, "refs")
+        found = found or [f"{path}@{name}" for name in (os.listdir(refs) if os.path.isdir(refs) else []) if re.search(STEP, name)]
+        for file in found or [path]:
+            runs.setdefault(run_of(file), set()).add(file)
+    return [file for files in runs.values() for file in sorted(files, key=lambda file: (file.endswith("ckpt.pt"), step_in(file), file))]
 
 
-def open_all(paths, n_head=0):
-    """Yields a Checkpoint for every file of expand(paths); a run's ckpt.pt is left out where it is the last snapshot once more."""
+def open_all(paths, **options):
+    """Yields a Checkpoint for each of expand(paths), options as Checkpoint has them; a run's ckpt.pt that is its last snapshot is left out."""
     previous = None
     for file in expand(paths):
-        checkpoint = Checkpoint(file, n_head)
+        checkpoint = Checkpoint(file, **options)
         again = previous and os.path.basename(file) == "ckpt.pt" and run_of(previous.path) == run_of(file) and previous.step == checkpoint.step
         if not again:
             yield checkpoint

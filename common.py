@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -171,8 +172,11 @@ def load(path, device="cpu", mmap=False):
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except Exception as error:  # torch raises a dozen kinds for truncated, foreign and malicious files
+        code = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
         reason = (str(error).splitlines() or [""])[0][:150]
-        reason = f" ({reason})" if reason and "weights_only" not in reason else ""  # torch's advice to load it unsafely is no advice
+        if "weights_only" in reason:  # torch's advice to load it unsafely is no advice
+            reason = f"it would run {code[1]}" if code else ""
+        reason = f" ({reason})" if reason else ""
         raise ValueError(f"{path}: damaged, or not a checkpoint of plain tensors{reason}") from None
 
 # ---------------------------------------------------------------------------------------------------------- logs, signals

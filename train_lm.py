@@ -26,9 +26,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from batches import TokenSplit, hash64, prefetch
-from checkpoints import RUN_FILE, attention_layers
+from checkpoints import RUN_FILE
 from common import RunLog, StopSignal, all_sum, init_dist, input_errors, load, peak_flops, pick_dtype, print0, save, save_json, time_left
 from configurator import configure, current
+from families import attention_layers
 from model import GPT, decay_groups, init_weights, load_gpt, make_optimizers
 from spectra import summary
 
