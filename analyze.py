@@ -1,84 +1,174 @@
 """
-Rank, norms and balance of every attention head in a checkpoint: a table, CSV files and a figure.
+Rank, norms and balance of every attention head in a checkpoint: tables, CSV files and figures.
 
     python analyze.py out/lm/ckpt.pt                      # ours or nanoGPT's
-    python analyze.py out/demo-0 out/demo-4               # run folders: every snapshot, and the runs side by side
-    python analyze.py ckpt.pt --threshold=0.9 --exact --out_dir=out/looked
+    python analyze.py Llama-2-7b-hf                       # a Hugging Face folder, file or hub id; timm, TransformerLens, torch ... (README)
+    python analyze.py out/demo-0 out/demo-4 --compare     # run folders: every snapshot; and the differences layer by layer
+    python analyze.py pythia-70m                          # a folder of step*, checkpoint-*: norms over training and what they grow like
+    python analyze.py model.pt --pattern=wq.weight,wk.weight,wv.weight,wo.weight --n_head=8
+    python analyze.py out/lm/ckpt.pt --truncate=0.95 --save=small.pt
 
-Writes OUT_DIR/heads.csv (a row per checkpoint, layer, head, product), norms.csv (a row per checkpoint and parameter group) and
-heads.png, heads.pdf. `qk` is W_K^T W_Q, `ov` is P W_V; the metrics are defined in spectra.py and PAPER section 4.
+Writes OUT_DIR/heads.csv (a row per checkpoint, layer, head, product), spectra.csv (the singular values of each run's last checkpoint), norms.csv
+(a row per checkpoint and parameter group), fits.csv (three checkpoints or more) and figures of them. `qk` is W_K^T W_Q, `ov` is P W_V;
+the metrics are defined in spectra.py and PAPER section 4.
 """
 import csv
 import io
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from checkpoints import expand, open_all, run_of
-from common import init_dist, input_errors, write_atomic
+from common import init_dist, input_errors, load, write_atomic
+from common import save as save_file
 from configurator import configure
-from spectra import metrics, ov_factors, qk_factors, rank_name
+from spectra import gaussian_nuclear, measure, ov_factors, qk_factors, rank_name, ranks, svd
 
-out_dir = "out/analysis"    # where the CSV files and the figure go
+out_dir = "out/analysis"    # where the CSV files and the figures go
 threshold = 0.95            # of the threshold rank: smallest k with s_1 + ... + s_k >= threshold * sum(s); its column is rank95
 exact = False               # QR of every head in float64 (singular values to 1e-13 of the largest instead of 1e-7)
 n_head = 0                  # heads per layer, for checkpoints that do not say
+n_kv_head = 0               # key/value heads per layer, where queries share them (else told from shapes)
+d_head = 0                  # width of a head, instead of n_head (where stacks have different numbers of heads)
+pattern = ""                # ends of the names of q,k,v,o (or qkv,o) after the layer's path, for models that families.py does not know
+layout = "separate"         # how heads lie in what --pattern names: separate, fused, grouped, conv, lens (families.LAYOUTS)
+state_dict = ""             # which of several state dicts in a file, by its key
 device = "auto"             # where the spectra are computed: auto, cpu, cuda
-figure = True               # draw heads.png and heads.pdf (needs matplotlib)
+norms = True                # norms.csv: reads all tensors; False reads those of attention alone
+figure = True               # draw the figures (needs matplotlib)
+layers = ""                 # layers in the figure of heads: all, or some as 5,7,9
+compare = False             # two runs or checkpoints: their differences layer by layer, and compare.csv
+truncate = 0.0              # cut both products of every head to this threshold rank (1.0 changes nothing); one GPT checkpoint of ours, with --save
+save = ""                   # where the truncated checkpoint goes: for train_lm.py --init_from=FILE --eval_only
 
 
-def head_rows(checkpoint, device):
-    """The rows of heads.csv for one checkpoint, dicts. Raises ValueError naming checkpoint, layer and product."""
-    rows = []
-    for layer in checkpoint.attention_layers():
+# ------------------------------------------------------------------------------------------------------------------- rows
+
+def head_rows(checkpoint, device, progress):
+    """(rows of heads.csv, rows of spectra.csv) of one checkpoint, dicts. Raises ValueError naming checkpoint, layer and product."""
+    rows, spectra = [], []
+    for layer in read_ahead(checkpoint):
         for product, factors in (("qk", qk_factors(layer.W_Q, layer.W_K)), ("ov", ov_factors(layer.W_V, layer.P))):
             try:
-                table = metrics(*(X.to(device) for X in factors), threshold, exact)
+                A, B = (X.to(device) for X in factors)
+                s, table = measure(A, B, threshold, exact)
             except ValueError as error:
-                raise ValueError(f"{checkpoint.path}: layer {layer.layer}, {product}: {error}") from None
-            for head in range(len(layer.W_Q)):
-                rows.append({"checkpoint": checkpoint.path, "step": checkpoint.step, "stack": layer.stack, "layer": layer.layer,
-                             "head": head, "product": product, "d_head": layer.W_Q.shape[-2],
-                             **{name: values[head] for name, values in table.items()}})
-    return rows
+                where = f"{layer.stack} layer {layer.layer}".strip()
+                raise ValueError(f"{checkpoint.path}: {where}, {product}: {error}") from None
+            baseline = gaussian_nuclear(A.shape[-2], B.shape[-2], A.shape[-1])
+            for head in range(len(s)):
+                key = {"checkpoint": checkpoint.path, "step": checkpoint.step, "stack": layer.stack, "layer": layer.layer, "head": head,
+                       "product": product, "d_head": A.shape[-1]}
+                row = {**key, **{name: values[head] for name, values in table.items()}}
+                gaussian = baseline * row["norm_A"] * row["norm_B"]  # the nuclear norm of random factors of these shapes and norms
+                rows.append({**row, "gap_gaussian": 1 - gaussian / row["half_sq_norm"] if row["half_sq_norm"] else 0.0})
+                spectra.append({**key, **{f"s{i}": x for i, x in enumerate(s[head].tolist(), 1)}})
+        progress.update()
+    return rows, spectra
 
 
-def groups_of(name):
-    """The rows of norms.csv that a parameter counts in."""
-    kinds = {"attn": r"attn|attention", "mlp": r"mlp|feed_forward|ffn", "embed": r"wte|wpe|lm_head|embed"}
-    layer = re.search(r"(?:^|\.)h\.(\d+)\.", name)
-    return ["all"] + [kind for kind, pattern in kinds.items() if re.search(pattern, name)][:1] * ("ln_" not in name) \
-        + ([f"layer_{layer[1]}"] if layer else [])
+def read_ahead(checkpoint):
+    """Yields the checkpoint's AttentionLayers in memory; a thread reads the next from disk meanwhile."""
+    modules = checkpoint.modules()
+
+    def read(module):
+        return type(layer := checkpoint.attention_layer(module))(*(x.clone() if isinstance(x, torch.Tensor) else x for x in layer))
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(read, modules[0])
+        for module in [*modules[1:], None]:
+            layer = coming.result()
+            coming = module and thread.submit(read, module)
+            yield layer
 
 
-def norm_rows(checkpoint, previous):
-    """The rows of norms.csv for one checkpoint; previous: the one before it in its run, or None. Scalars are left out."""
-    sums, seen = {}, set()
-    for name, p in checkpoint.tensors.items():
-        if p.ndim == 0 or not p.is_floating_point() or p.data_ptr() in seen:
-            continue  # tied weights count once
-        seen.add(p.data_ptr())
-        q = previous.tensors.get(name) if previous else None
-        q = q if q is not None and q.shape == p.shape else p.new_zeros(()).expand(p.shape)
-        for block, other in zip(p.reshape(-1).split(1 << 22), q.reshape(-1).split(1 << 22)):
-            block, other = block.double(), other.double()
-            added = (block @ block, block @ other, other @ other, block.numel())
-            for group in groups_of(name):
-                sums[group] = [a + float(b) for a, b in zip(sums.get(group, (0, 0, 0, 0)), added)]
+def groups_of(checkpoint):
+    """{parameter's name: the rows of norms.csv that it counts in}: all; attn, mlp (what else is in a block) or embed (what is in none:
+    embeddings, patch projection, heads), norms' own parameters in none of these; and its layer."""
+    modules = checkpoint.modules()
+    blocks = {}
+    for module in modules:
+        prefix = f"{module.stack}_" if module.stack not in ("", "cross") else ""
+        blocks.setdefault(module.block, prefix)
+    groups = {}
+    for name in checkpoint.parameters():
+        block = max((block for block in blocks if block and re.match(re.escape(block) + r"\d+\.", name)), key=len, default=None)
+        in_module = any(name.startswith(f"{module.path}.") for module in modules) or re.search(r"attn|attention|EncDec", name, re.I)
+        kind = "attn" if in_module else "mlp" if block is not None else "embed"
+        groups[name] = ["all"] + [kind] * (not re.search(r"norm|(^|[._])ln([._\d]|$)", name, re.I))
+        if block is not None:
+            groups[name].append(f"{blocks[block]}layer_{re.match(re.escape(block) + r'(\d+)', name)[1]}")
+    return groups
+
+
+def norm_rows(checkpoint, previous, progress):
+    """The rows of norms.csv for one checkpoint; previous: the one before it in its run, or None. Scalars are left out, what is tied counts once."""
+    groups, sums, batches = groups_of(checkpoint), {}, [[]]
+    for name in groups:  # batches of 128 M numbers: what was read is let go before the next
+        batches[-1].append(name)
+        if sum(np.prod(checkpoint.shapes[x]) for x in batches[-1]) > 1 << 27:
+            batches.append([])
+    for batch in filter(None, batches):
+        tensors = checkpoint.read(batch)
+        before = previous.read([name for name in batch if previous.shapes.get(name) == checkpoint.shapes[name]]) if previous else {}
+        for name, p in tensors.items():
+            added = np.array([*dot_products(p, before.get(name)), p.numel()])
+            for group in groups[name]:
+                sums[group] = sums.get(group, 0) + added
+        progress.update(len(batch) / len(groups))
     return [{"checkpoint": checkpoint.path, "step": checkpoint.step, "group": group, "norm": pp**0.5, "parameters": int(n),
              "cos_prev": pq / (pp * qq) ** 0.5 if pp * qq else ""} for group, (pp, pq, qq, n) in sums.items()]
 
 
-def write_csv(path, rows):
-    """Rows (dicts with the same keys) as CSV; the column `stack` only where some model has several."""
-    columns = [name for name in rows[0] if name != "stack" or any(row["stack"] for row in rows)]
+def dot_products(p, q=None):
+    """(p.p, p.q, q.q) in float64, block by block; q: a tensor of p's shape, or None for zeros."""
+    total = np.zeros(3)
+    for i in range(0, p.numel(), 1 << 20):
+        x = p.reshape(-1)[i:i + (1 << 20)].double()
+        total[0] += float(x @ x)
+        if q is not None:
+            y = q.reshape(-1)[i:i + (1 << 20)].double()
+            total[1:] += float(x @ y), float(y @ y)
+    return total
+
+
+CURVES = {"t": lambda t: t, "sqrt(t)": np.sqrt, "t^(1/4)": lambda t: t**0.25, "log(t)": np.log}
+
+
+def fit_rows(rows):
+    """Least squares of norm = a f(t) + b for each run and group of norms.csv with three steps above 0 or more: rows of fits.csv
+    (run, group, function, a, b, r2, points). P2 compares t, sqrt(t) and others by R^2."""
+    series, fits = {}, []
+    for row in rows:
+        if row["step"] > 0:
+            series.setdefault((run_of(row["checkpoint"]), row["group"]), []).append((row["step"], row["norm"]))
+    for (run, group), points in series.items():
+        t, y = np.array(points, dtype=float).T
+        if len(set(t)) < 3 or np.ptp(y) == 0:
+            continue
+        for function, f in CURVES.items():
+            X = np.stack([f(t), np.ones_like(t)], 1)
+            (a, b), residuals = (coefficients := np.linalg.lstsq(X, y)[0]), y - X @ coefficients
+            r2 = 1 - residuals @ residuals / ((y - y.mean()) @ (y - y.mean()))
+            fits.append({"run": run, "group": group, "function": function, "a": float(a), "b": float(b), "r2": float(r2), "points": len(t)})
+    return fits
+
+
+def write_csv(name, rows):
+    """OUT_DIR/name from rows (dicts) as CSV; the column `stack` only where some model has several. Returns its path."""
+    columns = {column: None for row in rows for column in row if column != "stack" or any(row["stack"] for row in rows)}
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+    path = os.path.join(out_dir, name)
     write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+    return path
 
 # ----------------------------------------------------------------------------------------------------------------- tables
 
@@ -94,13 +184,16 @@ def by_layer(rows):
     return {**groups, **{f"all {product}": [row for row in rows if row["product"] == product] for product in ("qk", "ov")}}
 
 
-def print_table(run, step, rows):
+def print_table(run, step, rows, heads_from):
     """One checkpoint: layer x product, means over heads."""
-    columns = [rank_name(threshold), "stable_rank", "effective_rank", "nuclear", "half_sq_norm", "gap", "imbalance"]
-    print(f"\n{run}{f', step {step}' if step >= 0 else ''}: means over heads of width {rows[0]['d_head']}")
-    print(f"{'':14}" + "".join(f"{name:>16}" for name in columns))
-    for label, group in by_layer(rows).items():
-        print(f"{label:14}" + "".join(f"{mean(group, name):16.3f}" for name in columns))
+    columns = [rank_name(threshold), "stable_rank", "effective_rank", "nuclear", "half_sq_norm", "gap", "gap_gaussian", "imbalance"]
+    widths = "/".join(str(width) for width in sorted({row["d_head"] for row in rows}))
+    print(f"\n{run}{f', step {step}' if step >= 0 else ''}: means over heads of width {widths} (how many heads: from {heads_from})")
+    table = by_layer(rows)
+    width = max(14, *(len(label) + 1 for label in table))
+    print(" " * width + "".join(f"{name:>16}" for name in columns))
+    for label, group in table.items():
+        print(f"{label:{width}}" + "".join(f"{mean(group, name):16.3f}" for name in columns))
 
 
 def print_trajectory(run, checkpoints):
@@ -113,6 +206,26 @@ def print_trajectory(run, checkpoints):
         print(f"{step:14}{mean(qk, rank):14.2f}{mean(ov, rank):14.2f}{mean(qk, 'gap'):14.3f}{mean(ov, 'gap'):14.3f}")
 
 
+def print_fits(fits):
+    """R^2 of each curve, the best marked, for the groups that every run has (layers are in fits.csv)."""
+    table = {}
+    for row in fits:
+        if row["group"] in ("all", "attn", "mlp", "embed"):
+            table.setdefault((row["run"], row["group"]), {})[row["function"]] = row["r2"]
+    if table:
+        print("\nR^2 of norm = a f(t) + b over training, * the best (layers: fits.csv)\n" + " " * 30 + "".join(f"{name:>12}" for name in CURVES))
+        for (run, group), r2 in table.items():
+            cells = [f"{r2[name]:.4f}{'*' if r2[name] == max(r2.values()) else ' '}" for name in CURVES]
+            print(f"{run[-20:]:>20} {group:9}" + "".join(f"{cell:>12}" for cell in cells))
+
+
+def result_of(step, rows):
+    """What a run's result.json tells, where it is about this step: not the end's perplexity beside an earlier snapshot's ranks."""
+    path = os.path.join(os.path.dirname(rows[0]["checkpoint"]), "result.json")
+    result = json.load(open(path, encoding="utf-8")) if os.path.exists(path) else {}
+    return result if result.get("steps") == step else {}
+
+
 def print_side_by_side(runs):
     """The last checkpoints of several runs: threshold rank by layer, and what their result.json tells."""
     rank, names = rank_name(threshold), list(runs)
@@ -122,51 +235,155 @@ def print_side_by_side(runs):
     for label in tables[0]:
         cells = [f"{mean(table[label], rank):.2f}" if label in table else "-" for table in tables]
         print(f"{label:14}" + "".join(f"{cell:>{width}}" for cell in cells))
-    results = []
-    for name in names:
-        step, rows = runs[name][-1]
-        path = os.path.join(os.path.dirname(rows[0]["checkpoint"]), "result.json")
-        result = json.load(open(path, encoding="utf-8")) if os.path.exists(path) else {}
-        results.append(result if result.get("steps") == step else {})  # not the end's perplexity beside an earlier snapshot's ranks
+    results = [result_of(*checkpoints[-1]) for checkpoints in runs.values()]
     for key in ("attn_wd", "mlp_wd", "decay_time_constants", "test_loss", "test_ppl", "test_acc"):
         if any(key in result for result in results):
             label = {"decay_time_constants": "sum(lr)*attn_wd"}.get(key, key)
             cells = [f"{result[key]:.4g}" if isinstance(result.get(key), (int, float)) else "-" for result in results]
             print(f"{label:14}" + "".join(f"{cell:>{width}}" for cell in cells))
 
+
+def print_comparison(runs, settings):
+    """Two checkpoints (the last ones of two runs), layer by layer: each metric of A, of B, and B - A. Returns the rows of compare.csv.
+
+    settings: the two runs' settings, {name: value}; those that differ are printed. Raises ValueError where the layers are not the same.
+    """
+    (name_a, a), (name_b, b) = [(name, by_layer(checkpoints[-1][1])) for name, checkpoints in runs.items()]
+    if a.keys() != b.keys():
+        raise ValueError(f"--compare: {name_a} and {name_b} have different layers: {', '.join(sorted(a.keys() ^ b.keys())[:4])}")
+    columns = [rank_name(threshold), "effective_rank", "nuclear", "gap"]
+    print(f"\nA = {name_a}\nB = {name_b}\nmeans over heads\n{'':16}" + "".join(f"{name:^33}" for name in columns)
+          + f"\n{'':16}" + f"{'A':>11}{'B':>11}{'B - A':>11}" * len(columns))
+    rows = []
+    for label in a:
+        values = [(mean(a[label], name), mean(b[label], name)) for name in columns]
+        print(f"{label:16}" + "".join(f"{x:11.3f}{y:11.3f}{y - x:+11.3f}" for x, y in values))
+        if not label.startswith("all "):
+            one = a[label][0]
+            rows += [{"stack": one["stack"], "layer": one["layer"], "product": one["product"], "metric": name, "a": x, "b": y, "difference": y - x}
+                     for name, (x, y) in zip(columns, values)]
+    for name in sorted(settings[0].keys() & settings[1].keys()):
+        if settings[0][name] != settings[1][name] and name != "out_dir":
+            print(f"{name}: A {settings[0][name]}, B {settings[1][name]}")
+    results = [result_of(*checkpoints[-1]) for checkpoints in runs.values()]
+    for key in ("test_loss", "test_ppl", "test_acc"):
+        if all(isinstance(result.get(key), (int, float)) for result in results):
+            x, y = (result[key] for result in results)
+            print(f"{key}: A {x:.4f}, B {y:.4f}, B - A {y - x:+.4f}")
+    return rows
+
+# ------------------------------------------------------------------------------------------------------------- truncation
+
+def truncated(state, n_head, threshold):
+    """A GPT's state dict with every head's products cut to their threshold rank: for W_K^T W_Q = U S V^T, of whose singular values the
+    first k stay, W_K' = S^(1/2) U^T and W_Q' = S^(1/2) V^T, rows beyond k zero; so too P and W_V. Same shapes; balanced; at threshold 1.0
+    the same function. Biases of q and k are carried into the new basis, the value's bias moves into the output's.
+    Returns (state dict, mean k of the QK products, mean k of the OV products)."""
+    state, kept = dict(state), {"qk": [], "ov": []}
+    for name in [name for name in state if name.endswith("attn.c_attn.weight")]:
+        path = name.removesuffix("c_attn.weight")
+        W, P, b = state[name].double(), state[path + "c_proj.weight"].double(), state.get(path + "c_attn.bias")
+        d = W.shape[1]
+        W_Q, W_K, W_V = W.view(3, n_head, d // n_head, d)
+        P = P.view(d, n_head, d // n_head).transpose(0, 1)
+        if b is not None:
+            b_q, b_k, b_v = b.double().view(3, n_head, d // n_head, 1)
+        new = {}
+        for product, (A, B) in (("qk", qk_factors(W_Q, W_K)), ("ov", ov_factors(W_V, P))):
+            U, s, V = svd(A, B)
+            k = ranks(s, threshold)
+            root = torch.where(torch.arange(s.shape[-1]) < k[:, None], s, 0).sqrt()[:, None]
+            new[product] = U * root, V * root  # A', B' with A' B'^T the product cut to rank k
+            if b is not None and product == "qk":  # W_Q' = T W_Q with T = S^(-1/2) U^T W_K^T, so b_q' = T b_q
+                inverse = torch.where(root > 0, 1 / root.clamp(min=1e-300), 0)
+                b_q, b_k = (U * inverse).mT @ (W_K.mT @ b_q), (V * inverse).mT @ (W_Q.mT @ b_k)
+            kept[product] += k.tolist()
+        (W_K, W_Q), (P_cut, W_V) = new["qk"], new["ov"]
+        state[name] = torch.cat([W.mT.reshape(d, d) for W in (W_Q, W_K, W_V)]).to(state[name].dtype)
+        state[path + "c_proj.weight"] = P_cut.transpose(0, 1).reshape(d, d).to(state[name].dtype)
+        if b is not None:
+            state[path + "c_attn.bias"] = torch.cat([b_q.reshape(d), b_k.reshape(d), torch.zeros(d).double()]).to(b.dtype)
+            state[path + "c_proj.bias"] = (state[path + "c_proj.bias"].double() + (P @ b_v).sum(0)[:, 0]).to(b.dtype)
+    return state, *(sum(k) / len(k) for k in kept.values())
+
+
+def save_truncated(checkpoint):
+    """Writes --save, and says how to evaluate it. Raises ValueError where the checkpoint is not a GPT of ours or nanoGPT's."""
+    raw = load(checkpoint.path) if os.path.isfile(checkpoint.path) and not checkpoint.path.endswith(".safetensors") else {}
+    if not isinstance(raw.get("model_args"), dict) or checkpoint.modules()[0].scheme.layout != "conv":
+        raise ValueError(f"{checkpoint.path}: --truncate takes a GPT checkpoint of train_lm.py's or nanoGPT's (with model_args)")
+    heads, _ = checkpoint.heads_of(checkpoint.modules()[0])
+    state = {name: checkpoint.read([name])[name] for name in checkpoint.tensors}
+    state, qk, ov = truncated(state, heads, truncate)
+    keep = {key: raw[key] for key in ("model_args", "iter_num", "best_val_loss", "config") if key in raw}
+    save_file(save, {"model": state, **keep, "truncated": truncate})
+    print(f"\nwrote {save}: of {raw['model_args']['n_embd'] // heads} directions a head {qk:.2f} stay in QK, {ov:.2f} in OV (means); evaluate it:\n"
+          f"    python train_lm.py --init_from={save} --eval_only --dataset={raw.get('config', {}).get('dataset', 'DATASET')}")
+
 # ------------------------------------------------------------------------------------------------------------------ main
+
+def check_settings(paths):
+    """Raises ValueError for settings that make no sense together."""
+    if not paths:
+        raise ValueError("which checkpoint? python analyze.py out/lm/ckpt.pt; --help lists the settings")
+    rank_name(threshold)
+    if (truncate > 0) != bool(save):
+        raise ValueError("--truncate=0.95 and --save=FILE go together")
+    if save and os.path.exists(save):
+        raise ValueError(f"--save={save} is there already")
+    if truncate:
+        rank_name(truncate)
+    if layers and not re.fullmatch(r"\d+(,\d+)*", layers):
+        raise ValueError(f"--layers={layers}: expects numbers separated by commas")
+
 
 def main(paths):
     """Returns {run: [(step, rows of heads.csv)]}."""
     with input_errors("analyze.py"):
-        if not paths:
-            raise ValueError("which checkpoint? python analyze.py out/lm/ckpt.pt; --help lists the settings")
-        rank_name(threshold)
+        check_settings(paths)
         world = init_dist(device)
-        total = len(expand(paths))
-        os.makedirs(out_dir, exist_ok=True)
-        heads, norms, runs, previous = [], [], {}, None
-        with tqdm(total=total, unit="checkpoint", disable=None) as progress:
-            for checkpoint in open_all(paths, n_head):
-                run = run_of(checkpoint.path)
-                rows = head_rows(checkpoint, world.device)
+        found = expand(paths)
+        if save and len(found) != 1:
+            raise ValueError(f"--truncate takes one checkpoint, not {len(found)}")
+        heads, spectra, norm_table, runs, sources, settings, previous = [], [], [], {}, {}, {}, None
+        options = {"n_head": n_head, "n_kv_head": n_kv_head, "d_head": d_head, "pattern": pattern, "layout": layout, "state_dict": state_dict}
+        with tqdm(total=len(found), unit="layer", disable=None, smoothing=0) as progress:
+            for checkpoint in open_all(paths, **options):
+                run, modules = run_of(checkpoint.path), checkpoint.modules()
+                progress.total = len(found) * len(modules) * (2 if norms else 1)
+                sources[run] = ", ".join(dict.fromkeys(checkpoint.heads_of(module)[1] for module in modules))
+                settings[run] = checkpoint.configs.get("its config", {})
+                rows, singular = head_rows(checkpoint, world.device, progress)
                 runs.setdefault(run, []).append((checkpoint.step, rows))
+                spectra = [row for row in spectra if run_of(row["checkpoint"]) != run] + singular  # of a run the last
                 heads += rows
-                norms += norm_rows(checkpoint, previous if previous and run_of(previous.path) == run else None)
+                if norms:
+                    before = previous if previous and run_of(previous.path) == run else None
+                    norm_table += norm_rows(checkpoint, before, lambda part, n=len(modules): progress.update(part * n))
                 previous = checkpoint
-                progress.update()
-        write_csv(os.path.join(out_dir, "heads.csv"), heads)
-        write_csv(os.path.join(out_dir, "norms.csv"), norms)
-    for run, checkpoints in runs.items():
-        print_table(run, *checkpoints[-1])
-        if len(checkpoints) > 1:
-            print_trajectory(run, checkpoints)
-    if len(runs) > 1:
-        print_side_by_side(runs)
-    print(f"\nwrote {out_dir}/heads.csv ({len(heads):,} rows), {out_dir}/norms.csv ({len(norms):,} rows)")
+        if compare and len(runs) != 2:
+            raise ValueError(f"--compare takes two runs or checkpoints, not {len(runs)}")
+        os.makedirs(out_dir, exist_ok=True)
+        fits = fit_rows(norm_table)
+        tables = {"heads.csv": heads, "spectra.csv": spectra, "norms.csv": norm_table, "fits.csv": fits}
+        for run, checkpoints in runs.items():
+            print_table(run, *checkpoints[-1], sources[run])
+            if len(checkpoints) > 1:
+                print_trajectory(run, checkpoints)
+        print_fits(fits)
+        if compare:
+            tables["compare.csv"] = print_comparison(runs, list(settings.values()))
+        elif len(runs) > 1:
+            print_side_by_side(runs)
+        written = [f"{write_csv(name, rows)} ({len(rows):,} rows)" for name, rows in tables.items() if rows]
+        if save:
+            save_truncated(checkpoint)
+    print(f"\nwrote {', '.join(written)}")
     if figure:
         import figures
-        print(f"figure: {figures.heads(os.path.join(out_dir, 'heads.csv'))}")
+        chosen = [int(x) for x in layers.split(",")] if layers else []
+        drawn = figures.analysis(out_dir, [name.removesuffix(".csv") for name, rows in tables.items() if rows], chosen)
+        print(f"figures: {', '.join(drawn)}")
     return runs
 
 
