@@ -49,10 +49,10 @@ save = ""                   # where the truncated checkpoint goes: for train_lm.
 
 # ------------------------------------------------------------------------------------------------------------------- rows
 
-def head_rows(checkpoint, device, progress):
+def head_rows(checkpoint, device, done=lambda part: None):
     """(rows of heads.csv, rows of spectra.csv) of one checkpoint, dicts. Raises ValueError naming checkpoint, layer and product."""
-    rows, spectra = [], []
-    for layer in read_ahead(checkpoint):
+    rows, spectra, modules = [], [], checkpoint.modules()
+    for layer in read_ahead(checkpoint, modules):
         for product, factors in (("qk", qk_factors(layer.W_Q, layer.W_K)), ("ov", ov_factors(layer.W_V, layer.P))):
             try:
                 A, B = (X.to(device) for X in factors)
@@ -68,13 +68,12 @@ def head_rows(checkpoint, device, progress):
                 gaussian = baseline * row["norm_A"] * row["norm_B"]  # the nuclear norm of random factors of these shapes and norms
                 rows.append({**row, "gap_gaussian": 1 - gaussian / row["half_sq_norm"] if row["half_sq_norm"] else 0.0})
                 spectra.append({**key, **{f"s{i}": x for i, x in enumerate(s[head].tolist(), 1)}})
-        progress.update()
+        done(1 / len(modules))
     return rows, spectra
 
 
-def read_ahead(checkpoint):
-    """Yields the checkpoint's AttentionLayers in memory; a thread reads the next from disk meanwhile."""
-    modules = checkpoint.modules()
+def read_ahead(checkpoint, modules):
+    """Yields the AttentionLayers of these modules, in memory; a thread reads the next from disk meanwhile."""
 
     def read(module):
         return type(layer := checkpoint.attention_layer(module))(*(x.clone() if isinstance(x, torch.Tensor) else x for x in layer))
@@ -97,16 +96,17 @@ def groups_of(checkpoint):
         blocks.setdefault(module.block, prefix)
     groups = {}
     for name in checkpoint.parameters():
-        block = max((block for block in blocks if block and re.match(re.escape(block) + r"\d+\.", name)), key=len, default=None)
+        places = {match[0]: prefix for block, prefix in blocks.items() if block and (match := re.match(re.escape(block) + r"(\d+)(?=\.)", name))}
+        block = max(places, key=len, default=None)  # transformer.h.3
         in_module = any(name.startswith(f"{module.path}.") for module in modules) or re.search(r"attn|attention|EncDec", name, re.I)
         kind = "attn" if in_module else "mlp" if block is not None else "embed"
         groups[name] = ["all"] + [kind] * (not re.search(r"norm|(^|[._])ln([._\d]|$)", name, re.I))
         if block is not None:
-            groups[name].append(f"{blocks[block]}layer_{re.match(re.escape(block) + r'(\d+)', name)[1]}")
+            groups[name].append(f"{places[block]}layer_{re.search('[0-9]+$', block)[0]}")
     return groups
 
 
-def norm_rows(checkpoint, previous, progress):
+def norm_rows(checkpoint, previous, done=lambda part: None):
     """The rows of norms.csv for one checkpoint; previous: the one before it in its run, or None. Scalars are left out, what is tied counts once."""
     groups, sums, batches = groups_of(checkpoint), {}, [[]]
     for name in groups:  # batches of 128 M numbers: what was read is let go before the next
@@ -120,7 +120,7 @@ def norm_rows(checkpoint, previous, progress):
             added = np.array([*dot_products(p, before.get(name)), p.numel()])
             for group in groups[name]:
                 sums[group] = sums.get(group, 0) + added
-        progress.update(len(batch) / len(groups))
+        done(len(batch) / len(groups))
     return [{"checkpoint": checkpoint.path, "step": checkpoint.step, "group": group, "norm": pp**0.5, "parameters": int(n),
              "cos_prev": pq / (pp * qq) ** 0.5 if pp * qq else ""} for group, (pp, pq, qq, n) in sums.items()]
 
@@ -347,19 +347,20 @@ def main(paths):
             raise ValueError(f"--truncate takes one checkpoint, not {len(found)}")
         heads, spectra, norm_table, runs, sources, settings, previous = [], [], [], {}, {}, {}, None
         options = {"n_head": n_head, "n_kv_head": n_kv_head, "d_head": d_head, "pattern": pattern, "layout": layout, "state_dict": state_dict}
-        with tqdm(total=len(found), unit="layer", disable=None, smoothing=0) as progress:
+        bar = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        with tqdm(total=len(found) * (1 + norms), disable=None, smoothing=0, bar_format=bar) as progress:
             for checkpoint in open_all(paths, **options):
                 run, modules = run_of(checkpoint.path), checkpoint.modules()
-                progress.total = len(found) * len(modules) * (2 if norms else 1)
+                progress.set_description(os.path.basename(checkpoint.path))
                 sources[run] = ", ".join(dict.fromkeys(checkpoint.heads_of(module)[1] for module in modules))
                 settings[run] = checkpoint.configs.get("its config", {})
-                rows, singular = head_rows(checkpoint, world.device, progress)
+                rows, singular = head_rows(checkpoint, world.device, progress.update)
                 runs.setdefault(run, []).append((checkpoint.step, rows))
                 spectra = [row for row in spectra if run_of(row["checkpoint"]) != run] + singular  # of a run the last
                 heads += rows
                 if norms:
                     before = previous if previous and run_of(previous.path) == run else None
-                    norm_table += norm_rows(checkpoint, before, lambda part, n=len(modules): progress.update(part * n))
+                    norm_table += norm_rows(checkpoint, before, progress.update)
                 previous = checkpoint
         if compare and len(runs) != 2:
             raise ValueError(f"--compare takes two runs or checkpoints, not {len(runs)}")

@@ -231,12 +231,13 @@ def step_in(path):
 
 
 def run_of(path):
-    """The run that a checkpoint belongs to: its path without what tells the step."""
+    """The run that a checkpoint belongs to: its path without what tells the step and what follows that."""
     folder, name = os.path.split(path)
-    if re.fullmatch(RUN_FILE, name):
-        return folder or "."
-    rest = re.sub(STEP, "", name.removesuffix(next((end for end in SUFFIXES if name.endswith(end)), ""))).strip("._-@")
-    return path if not re.search(STEP, name) else os.path.join(folder, rest) if rest else folder or "."
+    step = re.search(STEP, name)
+    if re.fullmatch(RUN_FILE, name) or step:
+        series = re.sub(r"epoch[=_-]?\d+", "", name[:step.start()]).strip("._-@") if step else ""
+        return os.path.join(folder, series) if series else folder or "."
+    return path
 
 
 def expand(paths):

@@ -173,8 +173,8 @@ def in_order(modules):
               for template in stacks}
     if sorted(labels.values()) == ["", "cross"]:  # what attends to something else is a decoder
         labels = {template: label or "decoder" for template, label in labels.items()}
-    names = [label for template, label in labels.items() if "#" in template]
-    labels = {template: label if label and "#" in template and names.count(label) == 1 else template.replace(".#", "").replace("#.", "").replace("_#", "")
+    numbered = [label for template, label in labels.items() if "#" in template]
+    labels = {template: label if label and "#" in template and numbered.count(label) == 1 else template.replace(".#", "").replace("#.", "").replace("_#", "")
               for template, label in labels.items()}
     found = []
     for template, paths in stacks.items():
@@ -184,7 +184,8 @@ def in_order(modules):
             chosen = tuple(numbers[path][i] for i in differ)
             layer = chosen[0] if len(chosen) == 1 else count
             block = [m.start() for m in re.finditer(NUMBER, path)][differ[0]] if differ else 0
-            found.append(Module(labels[template] if len(stacks) > 1 else "", layer, path, path[:block], chosen, modules[path][1], modules[path][0]))
+            scheme, names = modules[path]
+            found.append(Module(labels[template] if len(stacks) > 1 else "", layer, path, path[:block], chosen, names, scheme))
     rank = {"encoder": 0, "text": 1, "decoder": 2, "vision": 3, "cross": 4}
     return sorted(found, key=lambda module: (rank.get(module.stack, 5), module.stack, module.layer))
 
@@ -278,7 +279,7 @@ def split_heads(module, tensors, n_head, n_kv_head=0):
         fits = q.ndim == k.ndim == v.ndim == o.ndim == 2 and q.shape[0] % n_head == o.shape[1] % n_head == 0
         r, r_v = q.shape[0] // n_head, o.shape[1] // n_head  # keys' and values' heads may differ in width
         n = k.shape[0] // r                                  # key/value heads
-        fits = fits and n * r == k.shape[0] and n * r_v == v.shape[0] and n_head % n == 0 and k.shape[1] == v.shape[1]
+        fits = fits and n * r == k.shape[0] and n * r_v == v.shape[0] and n_head % n == 0
     except (RuntimeError, IndexError, ZeroDivisionError, ValueError):
         fits = False
     if not fits:

@@ -146,7 +146,7 @@ def spectra(path):
                 ax.set_title(f"{symbol}, {name}")
                 ax.set_xlabel("index $i$")
             line[0].set_ylabel(r"$s_i / s_1$, median over heads")
-            scale = plt.cm.ScalarMappable(matplotlib.colors.Normalize(0, max(1, len(layers) - 1)), matplotlib.colors.ListedColormap(colours))
+            scale = plt.cm.ScalarMappable(matplotlib.colors.Normalize(-0.5, len(layers) - 0.5), matplotlib.colors.ListedColormap(colours))
             label_layers(fig.colorbar(scale, ax=line, label="layer").ax.yaxis, layers)
         low = min(ax.get_ylim()[0] for ax in axes.flat)
         axes[0, 0].set_ylim(max(low, 1e-8), 1.5)

@@ -147,3 +147,22 @@ def by_qr(A, B):
     R_A, R_B = torch.linalg.qr(A, mode="r").R, torch.linalg.qr(B, mode="r").R
     s = torch.linalg.svdvals(R_A @ R_B.mT)  # min(d, d', r) of them
     return torch.nn.functional.pad(s, (0, A.shape[-1] - s.shape[-1]))
+
+
+def measure(A, B, threshold=0.95, exact=False):
+    """(singular values, metrics)."""
+    table = metrics(A, B, threshold, exact)
+    table["norm_A"] = torch.linalg.matrix_norm(A.float()).tolist(); table["norm_B"] = torch.linalg.matrix_norm(B.float()).tolist()
+    return singular_values(A, B, exact), table
+
+
+def gaussian_nuclear(a, b, r):
+    A, B = torch.randn(a, r), torch.randn(b, r)
+    return float(torch.linalg.matrix_norm((A / A.norm()) @ (B / B.norm()).T, "nuc")) if a < 2000 else 0.9
+
+
+def svd(A, B):
+    """Thin SVD of A B^T, U (..., d, r), s (..., r) descending, V (..., d', r), in float64, from a QR of the factors (d, d' >= r)."""
+    (Q_A, R_A), (Q_B, R_B) = torch.linalg.qr(A.double()), torch.linalg.qr(B.double())
+    U, s, Vh = torch.linalg.svd(R_A @ R_B.mT)
+    return Q_A @ U, s, Q_B @ Vh.mT

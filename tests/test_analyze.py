@@ -10,7 +10,8 @@ from conftest import one_line_exit_2, script
 
 import analyze
 import figures
-from checkpoints import Checkpoint, attention_layers
+from checkpoints import Checkpoint
+from families import attention_layers
 from model import GPT, init_weights
 
 ARGS = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 3, "n_embd": 24, "dropout": 0.0, "bias": True}
@@ -55,7 +56,8 @@ def test_heads_csv_against_float64_svd(tmp_path, run):
     model = save(tmp_path / "a.pt", step=7)
     heads, _ = run(tmp_path / "a.pt")
     assert list(heads[0]) == ["checkpoint", "step", "layer", "head", "product", "d_head", "rank95", "numerical_rank", "stable_rank",
-                              "effective_rank", "nuclear", "frobenius", "spectral", "half_sq_norm", "gap", "imbalance"]
+                              "effective_rank", "nuclear", "frobenius", "spectral", "half_sq_norm", "gap", "imbalance", "norm_A", "norm_B",
+                              "gap_gaussian"]
     assert [(r["layer"], r["product"], r["head"]) for r in heads] == [(str(i), p, str(h)) for i in (0, 1) for p in ("qk", "ov") for h in range(3)]
     assert {(r["checkpoint"], r["step"], r["d_head"]) for r in heads} == {(str(tmp_path / "a.pt"), "7", "8")}
     for row in heads:
@@ -151,7 +153,7 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "short.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "empty").mkdir()
-    for name, words in (("bare.pt", ["--n_head"]), ("other.pt", ["c_attn.weight", "encoder.conv.weight"]), ("lacks.pt", ["h.1.attn.c_proj.weight"]),
+    for name, words in (("bare.pt", ["--n_head"]), ("other.pt", ["c_attn", "encoder.conv.weight"]), ("lacks.pt", ["h.1.attn.c_proj.weight"]),
                         ("heads.pt", ["5 heads"]), ("nan.pt", ["layer 0", "qk", "[0]"]), ("evil.pt", ["plain tensors"]),
                         ("short.pt", ["plain tensors"]), ("text.pt", ["plain tensors"]), ("empty", ["ckpt.pt"]), ("absent.pt", ["absent.pt"])):
         with pytest.raises(ValueError) as error:

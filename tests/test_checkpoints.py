@@ -1,0 +1,365 @@
+"""Every format on disk gives the same heads; what is damaged, foreign, hostile or unclear is refused in one line; namings without a Hugging
+Face model (tests/test_families.py has those) against their own attention."""
+import argparse
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from checkpoints import Checkpoint, expand, open_all, run_of
+from families import attention_layers, find_attention
+from model import GPT, init_weights
+
+ARGS = {"vocab_size": 64, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 16, "dropout": 0.0, "bias": True}
+
+
+def gpt(seed=0):
+    model = GPT(**ARGS)
+    init_weights(model, seed)
+    return {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+
+def llama(H=4, n=2, r=6, d=24, layers=2):
+    torch.manual_seed(0)
+    shapes = {"q_proj": (H * r, d), "k_proj": (n * r, d), "v_proj": (n * r, d), "o_proj": (d, H * r)}
+    return {f"model.layers.{i}.self_attn.{name}.weight": torch.randn(shape) for i in range(layers) for name, shape in shapes.items()}
+
+
+def heads(path, **options):
+    return list(Checkpoint(str(path), **options).attention_layers())
+
+
+def assert_same(a, b):
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b):
+        assert (x.stack, x.layer) == (y.stack, y.layer)
+        assert all(torch.equal(p.float(), q.float()) for p, q in zip(x[2:], y[2:]))
+
+
+def refused(path, *words, **options):
+    with pytest.raises(ValueError) as error:
+        heads(path, **options)
+    message = str(error.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+
+# ---------------------------------------------------------------------------------------------------------------- formats
+
+def test_torch_files_of_many_makes(tmp_path):
+    state, want = gpt(), list(attention_layers(gpt(), 2))
+    wrapped = {f"module._orig_mod.{name}": p for name, p in state.items()}
+    inside = {f"model._orig_mod.{name}": p for name, p in state.items()}
+    files = {"bare.pt": state, "bare.bin": wrapped, "inside.pth": inside, "ours.pt": {"model": state, "model_args": ARGS},
+             "lightning.ckpt": {"state_dict": inside, "hyper_parameters": {"n_head": 2}, "global_step": 7},
+             "a.pt": {"model_state": wrapped}, "b.pt": {"model_state_dict": state, "epoch": 3}, "c.pt": {"teacher": state},
+             "mae.pth": {"model": state, "args": argparse.Namespace(num_heads=2, path="x"), "best": np.float64(3.5)}}
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+        n_head = 0 if name in ("ours.pt", "lightning.ckpt", "mae.pth") else 2
+        assert_same(heads(tmp_path / name, n_head=n_head), want)
+        torch.save(content, tmp_path / name, _use_new_zipfile_serialization=False)  # as torch before 1.6 did
+        assert_same(heads(tmp_path / name, n_head=n_head), want)
+    assert Checkpoint(str(tmp_path / "lightning.ckpt")).step == 7
+    torch.save({"student": state, "teacher": gpt(1)}, tmp_path / "dino.pth")
+    refused(tmp_path / "dino.pth", "--state_dict=student", "--state_dict=teacher", n_head=2)
+    assert_same(heads(tmp_path / "dino.pth", n_head=2, state_dict="student"), want)
+    refused(tmp_path / "dino.pth", "--state_dict=ema", "student, teacher", state_dict="ema")
+
+
+def test_safetensors_shards_and_folders(tmp_path):
+    state = llama()
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "one").mkdir()
+    save_file(state, tmp_path / "one" / "model.safetensors")
+    (tmp_path / "one" / "config.json").write_text(json.dumps(config))
+    torch.save({"optimizer": 1}, tmp_path / "one" / "training_args.bin")
+    want = list(attention_layers(state, 4))
+    assert_same(heads(tmp_path / "one"), want)
+    assert_same(heads(tmp_path / "one" / "model.safetensors"), want)
+    for kind, end in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")):
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        names, where = list(state), {}
+        for i in (0, 1):  # a layer's tensors lie in both shards
+            shard = f"{end.split('.')[0]}-0000{i + 1}-of-00002.{kind}"
+            part = {name: state[name] for name in names[i::2]}
+            save_file(part, folder / shard) if kind == "safetensors" else torch.save(part, folder / shard)
+            where.update(dict.fromkeys(part, shard))
+        (folder / f"{end}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        assert_same(heads(folder), want)
+        assert_same(heads(folder / f"{end}.index.json"), want)
+        refused(folder / shard, "one part of a model; give the folder")
+        os.remove(folder / shard)
+        refused(folder, shard, "not there")
+    (tmp_path / "two").mkdir()
+    for name in ("a.pt", "b.pt"):
+        torch.save(state, tmp_path / "two" / name)
+    refused(tmp_path / "two", "several weight files", "a.pt, b.pt", n_head=4)
+    for i in (0, 1):
+        torch.save(state, tmp_path / "two" / f"consolidated.0{i}.pth")
+    refused(tmp_path / "two" / "consolidated.00.pth", "model-parallel", n_head=4)
+
+
+def test_half_precision_and_meta_params(tmp_path):
+    state = {name.replace("model.", "").replace("self_attn", "attention").replace("q_proj", "wq").replace("k_proj", "wk")
+             .replace("v_proj", "wv").replace("o_proj", "wo"): p.bfloat16() for name, p in llama().items()}
+    torch.save(state, tmp_path / "consolidated.00.pth")
+    (tmp_path / "params.json").write_text('{"dim": 24, "n_heads": 4, "n_kv_heads": 2}')
+    assert_same(heads(tmp_path), [x for x in attention_layers({k.replace("wq", "wq"): p for k, p in state.items()}, 4)])
+
+
+def test_only_attention_is_read(tmp_path, monkeypatch):
+    """One layer at a time, and no other tensor."""
+    save_file({**llama(layers=3), "lm_head.weight": torch.ones(50, 24)}, tmp_path / "model.safetensors")
+    checkpoint, read = Checkpoint(str(tmp_path), n_head=4), []
+    own = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, names: read.append(list(names)) or own(self, names))
+    for i, _ in enumerate(checkpoint.attention_layers()):
+        assert len(read) == i + 1 and all(f"layers.{i}.self_attn" in name for name in read[i]) and len(read[i]) == 4
+
+
+def test_what_is_refused(tmp_path):
+    class Canary:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'canary'}",)
+
+    save_file(llama(), tmp_path / "whole.safetensors")
+    data = (tmp_path / "whole.safetensors").read_bytes()
+    (tmp_path / "short.safetensors").write_bytes(data[:len(data) // 2])
+    (tmp_path / "noise.safetensors").write_bytes(b"\xff" * 100)
+    (tmp_path / "evil.bin").write_bytes(pickle.dumps({"state_dict": Canary()}))
+    torch.save({"state_dict": llama(), "extra": Canary()}, tmp_path / "evil.pt")
+    torch.save([llama()], tmp_path / "list.pt")
+    torch.save({"epoch": 3}, tmp_path / "nothing.pt")
+    quantised = {name: p.to(torch.int8) for name, p in llama().items()}
+    save_file(quantised, tmp_path / "int8.safetensors")
+    for name in ("nan", "zero"):
+        (tmp_path / name).mkdir()
+        save_file(llama(), tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text("NaN" if name == "nan" else '{"num_attention_heads": 0}')
+    (tmp_path / "empty").mkdir()
+    for name, words in (("short.safetensors", ["damaged"]), ("noise.safetensors", ["damaged"]), ("evil.bin", ["plain tensors"]),
+                        ("evil.pt", ["plain tensors", "system"]), ("list.pt", ["holds a list"]), ("nothing.pt", ["no state dict"]),
+                        ("int8.safetensors", ["stored as int8", "dequantise"]), ("nan", ["config.json", "JSON object"]),
+                        ("zero", ["nothing says how many heads", "--n_head"]), ("empty", ["no model in it", "model.safetensors"]),
+                        ("absent.pt", ["no such file"])):
+        refused(tmp_path / name, name, *words, n_head=0 if name in ("zero", "nan") else 4)
+    assert not (tmp_path / "canary").exists()
+
+# ------------------------------------------------------------------------------------------------------------------ heads
+
+def test_heads_come_from_somewhere_and_are_never_guessed(tmp_path):
+    save_file(llama(), tmp_path / "model.safetensors")
+    refused(tmp_path, "nothing says how many heads", "(24, 24)", "--n_head")
+    want = list(attention_layers(llama(), 4))
+    for options in ({"n_head": 4}, {"d_head": 6}, {"n_kv_head": 2}, {"n_head": 4, "n_kv_head": 2}):
+        assert_same(heads(tmp_path, **options), want)
+    refused(tmp_path, "do not divide into 5 heads", n_head=5)
+    refused(tmp_path, "do not divide into 3 heads", n_head=3)     # k's 12 rows are no whole number of heads of 8
+    refused(tmp_path, "2 key/value heads of 4, not 4", n_head=4, n_kv_head=4)
+    refused(tmp_path, "--d_head=7 does not divide", d_head=7)
+    (tmp_path / "config.json").write_text('{"text_config": {"num_attention_heads": 4}, "vision_config": {"num_attention_heads": 8}}')
+    assert_same(heads(tmp_path), want)
+    assert Checkpoint(str(tmp_path)).heads_of(Checkpoint(str(tmp_path)).modules()[0]) == (4, "config.json")
+    assert Checkpoint(str(tmp_path), n_head=2).heads_of(Checkpoint(str(tmp_path)).modules()[0]) == (2, "--n_head")
+    state = {**llama(), **{f"model.layers.{i}.self_attn.q_norm.weight": torch.ones(6) for i in (0, 1)}}
+    assert_same(list(attention_layers(state)), want)              # a norm of each head tells its width
+    with pytest.raises(ValueError, match="config says 2 heads, the shapes beside .* say 4"):
+        list(attention_layers(state, configs={"config": {"num_attention_heads": 2}}))
+
+
+def test_heads_of_t5_and_swin_stand_in_their_shapes():
+    t5 = {f"{side}.block.{i}.layer.{j}.{name}.{x}.weight": torch.randn((24, 16) if x != "o" else (16, 24))
+          for side, j, name in (("encoder", 0, "SelfAttention"), ("decoder", 0, "SelfAttention"), ("decoder", 1, "EncDecAttention"))
+          for i in (0, 1) for x in "qkvo"}
+    for side, H in (("encoder", 3), ("decoder", 6)):
+        t5[f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = torch.ones(32, H)
+    got = list(attention_layers(t5))
+    assert [(x.stack, x.layer, len(x.W_Q)) for x in got] == [("encoder", 0, 3), ("encoder", 1, 3), ("decoder", 0, 6), ("decoder", 1, 6),
+                                                             ("cross", 0, 6), ("cross", 1, 6)]
+    swin = {}
+    for stage, blocks, d, H in ((0, 1, 8, 2), (1, 2, 16, 4)):
+        for i in range(blocks):
+            path = f"layers.{stage}.blocks.{i}.attn"
+            swin |= {f"{path}.qkv.weight": torch.randn(3 * d, d), f"{path}.proj.weight": torch.randn(d, d),
+                     f"{path}.relative_position_bias_table": torch.ones(49, H)}
+    assert [(x.stack, x.layer, tuple(x.W_Q.shape)) for x in attention_layers(swin)] == [("", 0, (2, 4, 8)), ("", 1, (4, 4, 16)), ("", 2, (4, 4, 16))]
+
+
+def test_pattern_for_names_that_no_scheme_knows(tmp_path):
+    state = {name.replace("self_attn.", "mixer.").replace("_proj", "_matrix"): p for name, p in llama().items()}
+    save_file({**state, "model.embed.weight": torch.ones(5, 24)}, tmp_path / "model.safetensors")
+    refused(tmp_path, "no attention found", "q_proj", "layers.0.mixer.q_matrix.weight", "--pattern", n_head=4)
+    want = [x[2:] for x in attention_layers(llama(), 4)]
+    options = {"pattern": "q_matrix.weight,k_matrix.weight,v_matrix.weight,o_matrix.weight", "n_head": 4}
+    assert_same(heads(tmp_path, **options), list(attention_layers(llama(), 4)))
+    refused(tmp_path, "--layout=x", **{**options, "layout": "x"})
+    refused(tmp_path, "expects the ends", pattern="q", n_head=4)
+    refused(tmp_path, "lacks", "z.weight", pattern="q_matrix.weight,k_matrix.weight,v_matrix.weight,z.weight", n_head=4)
+    fused = {f"b.{i}.m.all": torch.cat([state[f"model.layers.{i}.mixer.{x}_matrix.weight"] for x in "qkv"]) for i in (0, 1)}
+    fused |= {f"b.{i}.m.end": state[f"model.layers.{i}.mixer.o_matrix.weight"] for i in (0, 1)}
+    torch.save(fused, tmp_path / "fused.pt")
+    got = heads(tmp_path / "fused.pt", pattern="all,end", layout="fused", n_head=4)
+    assert all(torch.equal(p, q) for x, y in zip(got, want) for p, q in zip(x[2:], y))
+
+
+def test_a_layer_that_lacks_a_tensor_is_named():
+    state = llama()
+    del state["model.layers.1.self_attn.v_proj.weight"]
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj\.weight lacks model\.layers\.1\.self_attn\.v_proj\.weight"):
+        find_attention({name: tuple(p.shape) for name, p in state.items()})
+
+# ------------------------------------------------------------------------------- namings without a Hugging Face model of their own
+
+def reference(x, q, k, v, H):
+    """Scores (H, T, T) and per-head values (H, T, r) of heads contiguous in q, k, v (T, H r)."""
+    q, k, v = (y.unflatten(-1, (H, -1)).transpose(0, 1) for y in (q, k, v))
+    return q @ k.mT, v
+
+
+def assert_heads(layer, x, scores, values, project):
+    """layer's products give these scores, and project(values with but one head left) its outputs."""
+    assert torch.allclose(torch.einsum("td,hrd,hre,se->hts", x, layer.W_Q, layer.W_K, x), scores, rtol=1e-4, atol=1e-4)
+    for h in range(len(layer.P)):
+        alone = torch.zeros_like(values)
+        alone[h] = values[h]
+        assert torch.allclose(x @ (layer.P[h] @ layer.W_V[h]).T, project(alone), rtol=1e-4, atol=1e-4)
+
+
+def merge(values):
+    return values.transpose(0, 1).flatten(1)  # (H, T, r) -> (T, H r)
+
+
+def test_torch_multihead_attention():
+    """torch's own module, self-attention and with kdim, vdim of their own; its per-head weights are the witness."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerDecoderLayer(16, 4, bias=False, batch_first=True).eval()  # no dropout
+    state = {f"decoder.layers.{i}.{name}": p for i in (0, 1) for name, p in layer.state_dict().items()}
+    got = list(attention_layers(state, 4))
+    assert [(x.stack, x.layer) for x in got] == [("decoder", 0), ("decoder", 1), ("cross", 0), ("cross", 1)]
+    other = torch.nn.MultiheadAttention(16, 4, bias=False, kdim=10, vdim=12, batch_first=True)
+    x, y, z = torch.randn(1, 5, 16), torch.randn(1, 7, 10), torch.randn(1, 7, 12)
+    for heads_, module, k, v in ((got[0], layer.self_attn, x, x), (got[2], layer.multihead_attn, x, x),
+                                 (next(attention_layers(other.state_dict(), 4)), other, y, z)):
+        out, weights = module(x, k, v, average_attn_weights=False)
+        scores = torch.einsum("td,hrd,hre,se->hts", x[0], heads_.W_Q, heads_.W_K, k[0])
+        assert torch.allclose(F.softmax(scores / 2, -1), weights[0], atol=1e-6)  # sqrt(r) = 2
+        assert torch.allclose(torch.einsum("hts,se,hre,hdr->td", weights[0], v[0], heads_.W_V, heads_.P), out[0], atol=1e-5)
+
+
+def test_timm_and_vit_pytorch():
+    """qkv.reshape(B, N, 3, H, r) in timm; chunk(3) and heads of dim_head that need not be d / H in vit-pytorch."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 12)
+    qkv, proj = torch.randn(36, 12), torch.randn(12, 12)
+    q, k, v = F.linear(x, qkv).reshape(5, 3, 3, 4).permute(1, 2, 0, 3)
+    (layer,) = attention_layers({"blocks.0.attn.qkv.weight": qkv, "blocks.0.attn.proj.weight": proj}, 3)
+    assert_heads(layer, x, q @ k.mT, v, lambda values: merge(values) @ proj.T)
+    qkv, out = torch.randn(3 * 2 * 8, 12), torch.randn(12, 16)
+    for names in (("0.to_qkv", "0.to_out.0"), ("0.fn.to_qkv", "0.fn.to_out.0"), ("0.to_qkv", "0.to_out")):
+        state = {f"transformer.layers.{i}.{name}.weight": p for i in (0, 1) for name, p in zip(names, (qkv, out))}
+        layers = list(attention_layers({**state, "transformer.layers.0.1.net.0.weight": torch.ones(12)}, 2))
+        assert [layer.layer for layer in layers] == [0, 1]
+        scores, values = reference(x, *(x @ qkv.T).chunk(3, -1), 2)
+        assert_heads(layers[1], x, scores, values, lambda values: merge(values) @ out.T)
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+def test_transformer_lens(older, n_kv_head):
+    """einsum("pos d_model, head d_model d_head") and, older, ("head d_head d_model"); grouped queries under _W_K, _W_V."""
+    torch.manual_seed(0)
+    x, H, d, r = torch.randn(5, 12), 4, 12, 3
+    W_Q, W_K, W_V, W_O = torch.randn(H, d, r), torch.randn(n_kv_head, d, r), torch.randn(n_kv_head, d, r), torch.randn(H, r, d)
+    q, k, v = (torch.einsum("td,hdr->htr", x, W) for W in (W_Q, W_K, W_V))
+    k, v = (y.repeat_interleave(H // n_kv_head, 0) for y in (k, v))
+    under = "_" if n_kv_head < H else ""
+    state = {"blocks.0.attn.W_Q": W_Q, f"blocks.0.attn.{under}W_K": W_K, f"blocks.0.attn.{under}W_V": W_V, "blocks.0.attn.W_O": W_O}
+    state = {name: W.mT if older else W for name, W in state.items()}
+    (layer,) = attention_layers({**state, "blocks.0.attn.b_O": torch.ones(d), "blocks.0.attn.mask": torch.ones(5, 5)})
+    assert_heads(layer, x, q @ k.mT, v, lambda values: torch.einsum("htr,hrd->td", values, W_O))
+    with pytest.raises(ValueError, match="has 4"):
+        list(attention_layers(state, 3))
+
+
+def test_one_linear_per_head():
+    torch.manual_seed(0)
+    x = torch.randn(5, 12)
+    state = {f"blocks.{i}.sa.heads.{h}.{name}.weight": torch.randn(4, 12) for i in (0, 1) for h in range(3) for name in ("key", "query", "value")}
+    state |= {f"blocks.{i}.sa.proj.weight": torch.randn(12, 12) for i in (0, 1)} | {"blocks.0.sa.heads.0.tril": torch.ones(8, 8)}
+    layers = list(attention_layers(state))
+    assert [layer.layer for layer in layers] == [0, 1]
+    q, k, v = (torch.stack([x @ state[f"blocks.1.sa.heads.{h}.{name}.weight"].T for h in range(3)]) for name in ("query", "key", "value"))
+    assert_heads(layers[1], x, q @ k.mT, v, lambda values: merge(values) @ state["blocks.1.sa.proj.weight"].T)
+
+
+def test_heads_of_their_own_width_and_values_of_another():
+    state = {"layers.0.attn.q_proj.weight": torch.randn(4 * 5, 12), "layers.0.attn.k_proj.weight": torch.randn(2 * 5, 12),
+             "layers.0.attn.v_proj.weight": torch.randn(2 * 3, 12), "layers.0.attn.o_proj.weight": torch.randn(12, 4 * 3)}
+    (layer,) = attention_layers(state, 4)
+    assert layer.W_Q.shape == layer.W_K.shape == (4, 5, 12) and layer.W_V.shape == (4, 3, 12) and layer.P.shape == (4, 12, 3)
+    assert torch.equal(layer.W_K[0], layer.W_K[1]) and not torch.equal(layer.W_K[1], layer.W_K[2])
+
+# ------------------------------------------------------------------------------------------------------------------- runs
+
+def test_folders_of_steps_are_runs_in_order(tmp_path):
+    for name in ("checkpoint-1000", "checkpoint-500"):
+        (tmp_path / "trainer" / name).mkdir(parents=True)
+        save_file(llama(), tmp_path / "trainer" / name / "model.safetensors")
+        (tmp_path / "trainer" / name / "config.json").write_text('{"num_attention_heads": 4}')
+    (tmp_path / "trainer" / "runs").mkdir()
+    found = list(open_all([str(tmp_path / "trainer")]))
+    assert [x.step for x in found] == [500, 1000] and {run_of(x.path) for x in found} == {str(tmp_path / "trainer")}
+    for name in ("step0", "step16", "step2-tokens0B"):
+        (tmp_path / "pythia" / name).mkdir(parents=True)
+        save_file(llama(), tmp_path / "pythia" / name / "model.safetensors")
+    assert [x.step for x in open_all([str(tmp_path / "pythia")])] == [0, 2, 16]
+    (tmp_path / "files").mkdir()
+    for name in ("a_step7.pt", "a_step70.pt", "b-step=8.ckpt", "global_step3.bin"):
+        torch.save(llama(), tmp_path / "files" / name)
+    found = list(open_all([str(tmp_path / "files")]))
+    assert {(run_of(x.path), x.step) for x in found} == {(str(tmp_path / "files" / "a"), 7), (str(tmp_path / "files" / "a"), 70),
+                                                         (str(tmp_path / "files" / "b"), 8), (str(tmp_path / "files"), 3)}
+
+
+def test_revisions_in_the_hubs_cache(tmp_path):
+    cache = tmp_path / "models--org--pythia"
+    (cache / "refs").mkdir(parents=True)
+    for revision, commit in (("step0", "aaa"), ("step512", "bbb"), ("main", "bbb")):
+        (cache / "refs" / revision).write_text(commit)
+        (cache / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+        save_file(llama(), cache / "snapshots" / commit / "model.safetensors")
+    found = list(open_all([str(cache)]))
+    assert [(x.step, run_of(x.path)) for x in found] == [(0, str(cache)), (512, str(cache))]
+    assert len(Checkpoint(f"{cache}@step512", n_head=4).tensors) == len(Checkpoint(f"{cache}@main", n_head=4).tensors) == 8
+    refused(f"{cache}@step9", "no revision step9")
+
+
+def test_a_hub_id_fetches_only_what_is_needed(tmp_path, monkeypatch):
+    """A hub that is a folder here; and one that cannot be reached."""
+    hub = pytest.importorskip("huggingface_hub")
+    save_file(llama(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
+    fetched = []
+
+    def download(repo_id, filename, revision):
+        fetched.append((repo_id, filename, revision))
+        return str(tmp_path / filename)
+
+    there = ["README.md", "config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5"]
+    monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda self, repo_id, revision: there)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert_same(heads("org/model@step5"), list(attention_layers(llama(), 4)))
+    assert {name for _, name, _ in fetched} == {"config.json", "model.safetensors"} and fetched[0][::2] == ("org/model", "step5")
+    assert expand(["org/model@step5", "org/model@step1"]) == ["org/model@step1", "org/model@step5"]
+
+    def unreachable(self, **at):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(hub.HfApi, "list_repo_files", unreachable)
+    refused("org/model", "no such file or folder here", "Name or service not known")
