@@ -276,34 +276,38 @@ def print_comparison(runs, settings):
 
 def truncated(state, n_head, threshold):
     """A GPT's state dict with every head's products cut to their threshold rank: for W_K^T W_Q = U S V^T, of whose singular values the
-    first k stay, W_K' = S^(1/2) U^T and W_Q' = S^(1/2) V^T, rows beyond k zero; so too P and W_V. Same shapes; balanced; at threshold 1.0
-    the same function. Biases of q and k are carried into the new basis, the value's bias moves into the output's.
+    first k stay, W_K' = S^(1/2) U^T and W_Q' = S^(1/2) V^T with rows beyond k zero; so too P and W_V. Same shapes; balanced; at threshold
+    1.0 the same function. What biases do is kept whole: the value's moves into the output's; the key's the softmax cancels; the query's
+    adds g = W_K^T b_q to the scores of a key, which a row beyond k carries where there is one, else b_q in the new basis.
     Returns (state dict, mean k of the QK products, mean k of the OV products)."""
     state, kept = dict(state), {"qk": [], "ov": []}
     for name in [name for name in state if name.endswith("attn.c_attn.weight")]:
         path = name.removesuffix("c_attn.weight")
-        W, P, b = state[name].double(), state[path + "c_proj.weight"].double(), state.get(path + "c_attn.bias")
-        d = W.shape[1]
-        W_Q, W_K, W_V = W.view(3, n_head, d // n_head, d)
-        P = P.view(d, n_head, d // n_head).transpose(0, 1)
-        if b is not None:
-            b_q, b_k, b_v = b.double().view(3, n_head, d // n_head, 1)
-        new = {}
+        weights, b = state[name].double(), state.get(path + "c_attn.bias")
+        d = weights.shape[1]
+        W_Q, W_K, W_V = weights.view(3, n_head, d // n_head, d)
+        P = state[path + "c_proj.weight"].double().view(d, n_head, d // n_head).transpose(0, 1)
+        factors = {}
         for product, (A, B) in (("qk", qk_factors(W_Q, W_K)), ("ov", ov_factors(W_V, P))):
             U, s, V = svd(A, B)
             k = ranks(s, threshold)
             root = torch.where(torch.arange(s.shape[-1]) < k[:, None], s, 0).sqrt()[:, None]
-            new[product] = U * root, V * root  # A', B' with A' B'^T the product cut to rank k
-            if b is not None and product == "qk":  # W_Q' = T W_Q with T = S^(-1/2) U^T W_K^T, so b_q' = T b_q
-                inverse = torch.where(root > 0, 1 / root.clamp(min=1e-300), 0)
-                b_q, b_k = (U * inverse).mT @ (W_K.mT @ b_q), (V * inverse).mT @ (W_Q.mT @ b_k)
+            factors[product] = U * root, V * root  # (H, d, r), their product cut to rank k
             kept[product] += k.tolist()
-        (W_K, W_Q), (P_cut, W_V) = new["qk"], new["ov"]
-        state[name] = torch.cat([W.mT.reshape(d, d) for W in (W_Q, W_K, W_V)]).to(state[name].dtype)
-        state[path + "c_proj.weight"] = P_cut.transpose(0, 1).reshape(d, d).to(state[name].dtype)
-        if b is not None:
-            state[path + "c_attn.bias"] = torch.cat([b_q.reshape(d), b_k.reshape(d), torch.zeros(d).double()]).to(b.dtype)
-            state[path + "c_proj.bias"] = (state[path + "c_proj.bias"].double() + (P @ b_v).sum(0)[:, 0]).to(b.dtype)
+            if b is not None and product == "qk":
+                b_q, _, b_v = b.double().view(3, n_head, d // n_head, 1)
+                g, new = W_K.mT @ b_q, torch.zeros_like(b_q)
+                for h in range(n_head):
+                    if k[h] < s.shape[-1]:
+                        new[h, k[h]] = g[h].norm().sqrt()
+                        factors["qk"][0][h, :, k[h]] = g[h, :, 0] / g[h].norm().sqrt().clamp(min=1e-300)
+                    else:
+                        new[h] = (U[h].mT @ g[h]) / root[h].mT
+                state[path + "c_attn.bias"] = torch.cat([new.reshape(d), torch.zeros(2 * d)]).to(b.dtype)
+                state[path + "c_proj.bias"] = (state[path + "c_proj.bias"].double() + (P @ b_v).sum(0)[:, 0]).to(b.dtype)
+        (new_K, new_Q), (new_P, new_V) = factors["qk"], factors["ov"]
+        state[name] = torch.cat([W.mT.reshape(d, d) for W in (new_Q, new_K, new_V)]).to(state[name].dtype)
+        state[path + "c_proj.weight"] = new_P.transpose(0, 1).reshape(d, d).to(state[name].dtype)
     return state, *(sum(k) / len(k) for k in kept.values())
 
 

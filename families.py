@@ -174,7 +174,7 @@ def in_order(modules):
     if sorted(labels.values()) == ["", "cross"]:  # what attends to something else is a decoder
         labels = {template: label or "decoder" for template, label in labels.items()}
     numbered = [label for template, label in labels.items() if "#" in template]
-    labels = {template: label if label and "#" in template and numbered.count(label) == 1 else template.replace(".#", "").replace("#.", "").replace("_#", "")
+    labels = {template: label if label and "#" in template and numbered.count(label) == 1 else re.sub(r"[._]?#", "", template).lstrip(".")
               for template, label in labels.items()}
     found = []
     for template, paths in stacks.items():
@@ -192,6 +192,9 @@ def in_order(modules):
 # ------------------------------------------------------------------------------------------------------------------ heads
 
 HEAD_KEYS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads", "num_head", "heads", "nhead", "encoder_attention_heads")
+TIMM = r"(?:vit|deit3?|beit(?:v2)?|eva02|flexivit)_(?:s?relpos_)?([a-z0-9]+)_patch(?!.*_gap)"  # timm's config.json names an architecture alone
+TIMM_HEADS = {("tiny", 192): 3, ("small", 384): 6, ("base", 768): 12, ("large", 1024): 16, ("huge", 1280): 16, ("giant", 1408): 16,
+              ("gigantic", 1664): 16, ("so400m", 1152): 16, ("medium", 512): 8, ("little", 320): 5}  # (size, width): heads, timm 1.0.31
 
 
 def heads_in_config(config, module):
@@ -253,7 +256,8 @@ def heads_of(module, shapes, configs=(), n_head=0, n_kv_head=0, d_head=0):
             raise ValueError(f"--d_head={d_head} does not divide the {width} inputs of {module.names[-1]}")
         return width // d_head, "--d_head"
     for source, config in dict(configs).items():
-        by_config = heads_in_config(config, module)
+        size = re.match(TIMM, str(config.get("architecture", "")))
+        by_config = heads_in_config(config, module) or TIMM_HEADS.get((size and size[1], shapes[module.names[-1]][0]), 0)
         if by_config:
             if by_shape and by_shape != by_config:
                 raise ValueError(f"{source} says {by_config} heads, the shapes beside {q} say {by_shape}; give --n_head")

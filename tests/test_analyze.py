@@ -1,5 +1,6 @@
 """analyze.py's numbers against the model's own attention and float64 SVDs; what it writes; what it refuses."""
 import csv
+import json
 import math
 import os
 import pickle
@@ -12,7 +13,7 @@ import analyze
 import figures
 from checkpoints import Checkpoint
 from families import attention_layers
-from model import GPT, init_weights
+from model import GPT, init_weights, load_gpt
 
 ARGS = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 3, "n_embd": 24, "dropout": 0.0, "bias": True}
 
@@ -132,6 +133,130 @@ def test_other_state_dicts(tmp_path, run):
     torch.save({"model": {name: p.bfloat16() for name, p in state.items()}, "model_args": ARGS}, tmp_path / "half.pt")
     half, _ = run(tmp_path / "half.pt")
     assert all(float(a["nuclear"]) == pytest.approx(float(b["nuclear"]), rel=0.02) for a, b in zip(half, want))
+
+
+def test_norms_of_other_families(tmp_path, run):
+    """Groups are told by structure: what is in an attention module, in a block, in none; norms in none of them; stacks apart."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(d_model=24, num_layers=2, num_heads=2, d_kv=8, d_ff=32, vocab_size=50)
+    model = transformers.T5Model(config)
+    model.save_pretrained(tmp_path / "t5")
+    _, norms = run(tmp_path / "t5", figure=False)
+    rows = {r["group"]: r for r in norms}
+    assert set(rows) == {"all", "attn", "mlp", "embed", *(f"{side}_layer_{i}" for side in ("encoder", "decoder") for i in (0, 1))}
+    own = {name: p.detach().double() for name, p in model.named_parameters()}
+    for group, part in (("all", ""), ("attn", "Attention"), ("mlp", "DenseReluDense"), ("embed", "shared"), ("decoder_layer_1", "decoder.block.1.")):
+        mine = [p for name, p in own.items() if part in name and (group in ("all", "decoder_layer_1") or "layer_norm" not in name)]
+        assert int(rows[group]["parameters"]) == sum(p.numel() for p in mine), group
+        assert float(rows[group]["norm"]) == pytest.approx(math.sqrt(sum(float(p.square().sum()) for p in mine)))
+    heads, norms = run(tmp_path / "t5", figure=False, norms=False, out_dir=str(tmp_path / "other"))
+    assert not (tmp_path / "other" / "norms.csv").exists() and (tmp_path / "other" / "heads.csv").exists()
+
+
+def test_growth_is_fitted(tmp_path, run, capsys):
+    """A run whose norm grows as 3 + 2 sqrt(t), exactly: the fit says so; and its figure is drawn."""
+    folder, base = tmp_path / "run", save(tmp_path / "base.pt")
+    folder.mkdir()
+    state = {name: p.detach().double() for name, p in base.state_dict().items()}
+    del state["lm_head.weight"]  # tied
+    size = math.sqrt(sum(float(p.square().sum()) for p in state.values()))
+    for t in (0, 4, 9, 25, 100):
+        scaled = {name: p * (3 + 2 * math.sqrt(t)) / size for name, p in state.items()}
+        torch.save({"model": scaled, "model_args": ARGS, "iter_num": t}, folder / f"step_{t:07d}.pt")
+    run(folder)
+    fits = {(r["group"], r["function"]): r for r in csv.DictReader(open(tmp_path / "out" / "fits.csv"))}
+    best = fits["all", "sqrt(t)"]
+    assert list(best) == ["run", "group", "function", "a", "b", "r2", "points"] and best["points"] == "4"  # log t has no t = 0
+    assert float(best["a"]) == pytest.approx(2) and float(best["b"]) == pytest.approx(3) and float(best["r2"]) == pytest.approx(1)
+    assert all(float(fits["all", name]["r2"]) < 0.999 for name in ("t", "t^(1/4)", "log(t)")) and ("layer_1", "t") in fits
+    assert "1.0000*" in capsys.readouterr().out and os.path.getsize(tmp_path / "out" / "norms.png") > 10_000
+
+
+def test_singular_values_are_written(tmp_path, run):
+    save(tmp_path / "a.pt")
+    heads, _ = run(tmp_path / "a.pt")
+    spectra = list(csv.DictReader(open(tmp_path / "out" / "spectra.csv")))
+    for row, s in zip(heads, spectra, strict=True):
+        assert all(row[name] == s[name] for name in ("layer", "head", "product"))
+        values = [float(s[f"s{i}"]) for i in range(1, 9)]
+        assert sum(values) == pytest.approx(float(row["nuclear"])) and values == sorted(values, reverse=True)
+    for name in ("heads", "f4", "heatmap", "spectra"):
+        assert os.path.getsize(tmp_path / "out" / f"{name}.png") > 10_000 and os.path.getsize(tmp_path / "out" / f"{name}.pdf") > 5_000
+
+
+def test_gaussian_baseline_is_what_random_heads_have(tmp_path, run):
+    model = GPT(**{**ARGS, "n_embd": 96, "n_head": 6, "n_layer": 4})
+    init_weights(model, 0)
+    torch.save({"model": model.state_dict(), "model_args": model.args}, tmp_path / "a.pt")
+    heads, _ = run(tmp_path / "a.pt", figure=False)
+    for product in ("qk", "ov"):
+        gap, gaussian = (sum(float(r[name]) for r in heads if r["product"] == product) / 24 for name in ("gap", "gap_gaussian"))
+        assert gap == pytest.approx(gaussian, abs=0.01) and gap > 0.03
+
+
+def test_compare_two_runs(tmp_path, run, capsys):
+    for name, seed in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name / "ckpt.pt", seed=seed, step=5, config={"attn_wd": seed / 2, "mlp_wd": 0.1})
+        (tmp_path / name / "result.json").write_text(json.dumps({"test_ppl": 6.0 + seed, "steps": 5}))
+    heads, _ = run(tmp_path / "one", tmp_path / "two", compare=True, figure=False)
+    out = capsys.readouterr().out
+    assert "attn_wd: A 0.5, B 1.0" in out and "mlp_wd" not in out and "test_ppl: A 7.0000, B 8.0000, B - A +1.0000" in out
+    rows = list(csv.DictReader(open(tmp_path / "out" / "compare.csv")))
+    assert len(rows) == 2 * 2 * 4
+    for row in rows:
+        a, b = (sum(float(r[row["metric"]]) for r in heads if f"/{run_name}/" in r["checkpoint"] and r["layer"] == row["layer"]
+                    and r["product"] == row["product"]) / 3 for run_name in ("one", "two"))
+        assert float(row["a"]) == pytest.approx(a) and float(row["difference"]) == pytest.approx(b - a, abs=1e-12)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "one", compare=True, figure=False)
+    assert "--compare takes two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_truncation(tmp_path, run, bias, capsys):
+    """At threshold 1.0 the same logits, balanced; below, the products of the best approximation of that rank; train_lm can read it."""
+    args = {**ARGS, "bias": bias, "tied": False}
+    model = GPT(**args)
+    init_weights(model, 3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))), alpha=0.3)
+        model.transformer.h[1].attn.c_attn.weight[8:16] = 0  # a dead head
+    model.requires_grad_(False)
+    torch.save({"model": model.state_dict(), "model_args": args, "iter_num": 3, "config": {"dataset": "text"}}, tmp_path / "a.pt")
+    x = torch.arange(12)[None]
+    for threshold in (1.0, 0.6):
+        heads, _ = run(tmp_path / "a.pt", truncate=threshold, save=str(tmp_path / f"{threshold}.pt"), threshold=threshold, figure=False)
+        cut = load_gpt(torch.load(tmp_path / f"{threshold}.pt", weights_only=True))
+        after, _ = run(tmp_path / f"{threshold}.pt", figure=False, exact=True, threshold=1.0)
+        for row, new in zip(heads, after, strict=True):
+            k = int(row["rank60" if threshold < 1 else "rank100"])
+            assert int(new["numerical_rank"]) == min(k, int(row["numerical_rank"]))
+            assert bias or float(new["gap"]) < 1e-6 and float(new["imbalance"]) < 1e-6  # a query's bias takes a row of W_K
+        if threshold == 1.0:
+            assert torch.allclose(cut(x)[0], model(x)[0], atol=1e-4 * float(model(x)[0].abs().max()))
+        else:
+            assert not torch.allclose(cut(x)[0], model(x)[0], atol=1e-2)
+            before, new = model.transformer.h[0].attn, cut.transformer.h[0].attn
+            W, V = (a.c_attn.weight.detach().double().view(3, 3, 8, 24) for a in (before, new))
+            U, s, Vh = torch.linalg.svd(W[1, 0].T @ W[0, 0])
+            k = int(heads[0]["rank60"])
+            assert torch.allclose(V[1, 0].T @ V[0, 0], (U[:, :k] * s[:k]) @ Vh[:k], atol=1e-5)
+    assert "--eval_only" in capsys.readouterr().out
+    for settings, words in (({"truncate": 0.9}, "go together"), ({"save": "x.pt"}, "go together"),
+                            ({"truncate": 1.5, "save": "x.pt"}, "threshold 1.5"),
+                            ({"truncate": 0.9, "save": str(tmp_path / "a.pt")}, "is there already")):
+        with pytest.raises(SystemExit):
+            run(tmp_path / "a.pt", figure=False, **settings)
+        assert words in capsys.readouterr().err
+
+
+def test_truncation_is_for_our_gpts(tmp_path, run, capsys):
+    torch.save({"layers.0.attn.qkv.weight": torch.randn(24, 8), "layers.0.attn.proj.weight": torch.randn(8, 8)}, tmp_path / "vit.pt")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "vit.pt", n_head=2, truncate=0.9, save=str(tmp_path / "b.pt"), figure=False)
+    assert "--truncate takes a GPT" in capsys.readouterr().err and not (tmp_path / "b.pt").exists()
 
 
 class Canary:

@@ -260,6 +260,14 @@ def test_timm_and_vit_pytorch():
     q, k, v = F.linear(x, qkv).reshape(5, 3, 3, 4).permute(1, 2, 0, 3)
     (layer,) = attention_layers({"blocks.0.attn.qkv.weight": qkv, "blocks.0.attn.proj.weight": proj}, 3)
     assert_heads(layer, x, q @ k.mT, v, lambda values: merge(values) @ proj.T)
+    state = {"blocks.0.attn.qkv.weight": torch.randn(576, 192), "blocks.0.attn.proj.weight": torch.randn(192, 192)}
+    for architecture in ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_base_patch16_224"):  # of the hub's config.json
+        configs = {"config.json": {"architecture": architecture, "num_features": 192}}
+        if "vit_tiny" in architecture:
+            assert len(next(attention_layers(state, configs=configs)).W_Q) == 3
+        else:  # a name or a width that is not timm's tells nothing
+            with pytest.raises(ValueError, match="nothing says"):
+                next(attention_layers(state, configs=configs))
     qkv, out = torch.randn(3 * 2 * 8, 12), torch.randn(12, 16)
     for names in (("0.to_qkv", "0.to_out.0"), ("0.fn.to_qkv", "0.fn.to_out.0"), ("0.to_qkv", "0.to_out")):
         state = {f"transformer.layers.{i}.{name}.weight": p for i in (0, 1) for name, p in zip(names, (qkv, out))}
