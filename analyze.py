@@ -52,7 +52,7 @@ save = ""                   # where the truncated checkpoint goes: for train_lm.
 def head_rows(checkpoint, device, done=lambda part: None):
     """(rows of heads.csv, rows of spectra.csv) of one checkpoint, dicts. Raises ValueError naming checkpoint, layer and product."""
     rows, spectra, modules = [], [], checkpoint.modules()
-    for layer in read_ahead(checkpoint, modules):
+    for layer in read_ahead(checkpoint.attention_layer, modules):
         for product, factors in (("qk", qk_factors(layer.W_Q, layer.W_K)), ("ov", ov_factors(layer.W_V, layer.P))):
             try:
                 A, B = (X.to(device) for X in factors)
@@ -72,18 +72,16 @@ def head_rows(checkpoint, device, done=lambda part: None):
     return rows, spectra
 
 
-def read_ahead(checkpoint, modules):
-    """Yields the AttentionLayers of these modules, in memory; a thread reads the next from disk meanwhile."""
-
-    def read(module):
-        return type(layer := checkpoint.attention_layer(module))(*(x.clone() if isinstance(x, torch.Tensor) else x for x in layer))
-
+def read_ahead(read, items):
+    """Yields read(item) for each; a thread reads the next from disk meanwhile."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(read, modules[0])
-        for module in [*modules[1:], None]:
-            layer = coming.result()
-            coming = module and thread.submit(read, module)
-            yield layer
+        coming = [thread.submit(read, item) for item in items[:1]]
+        for item in [*items[1:], None]:
+            ready = coming.pop().result()
+            if item is not None:
+                coming.append(thread.submit(read, item))
+            yield ready
+            del ready  # before the next one is waited for
 
 
 def groups_of(checkpoint):
@@ -109,18 +107,21 @@ def groups_of(checkpoint):
 def norm_rows(checkpoint, previous, done=lambda part: None):
     """The rows of norms.csv for one checkpoint; previous: the one before it in its run, or None. Scalars are left out, what is tied counts once."""
     groups, sums, batches = groups_of(checkpoint), {}, [[]]
-    for name in groups:  # batches of 128 M numbers: what was read is let go before the next
+    for name in groups:  # batches of some 32 M numbers: what was read is let go before the next
         batches[-1].append(name)
-        if sum(np.prod(checkpoint.shapes[x]) for x in batches[-1]) > 1 << 27:
+        if sum(np.prod(checkpoint.shapes[x]) for x in batches[-1]) > 1 << 25:
             batches.append([])
-    for batch in filter(None, batches):
-        tensors = checkpoint.read(batch)
-        before = previous.read([name for name in batch if previous.shapes.get(name) == checkpoint.shapes[name]]) if previous else {}
+
+    def read(batch):
+        same = [name for name in batch if previous and previous.shapes.get(name) == checkpoint.shapes[name]]
+        return checkpoint.read(batch), previous.read(same) if previous else {}
+
+    for tensors, before in read_ahead(read, [batch for batch in batches if batch]):
         for name, p in tensors.items():
             added = np.array([*dot_products(p, before.get(name)), p.numel()])
             for group in groups[name]:
                 sums[group] = sums.get(group, 0) + added
-        done(len(batch) / len(groups))
+        done(len(tensors) / len(groups))
     return [{"checkpoint": checkpoint.path, "step": checkpoint.step, "group": group, "norm": pp**0.5, "parameters": int(n),
              "cos_prev": pq / (pp * qq) ** 0.5 if pp * qq else ""} for group, (pp, pq, qq, n) in sums.items()]
 

@@ -10,6 +10,7 @@ folder that holds one of these; several in order of step make a run. Only what i
 """
 import argparse
 import json
+import math
 import os
 import pathlib
 import re
@@ -33,13 +34,17 @@ HARMLESS = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.dty
             (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), *{type(np.dtype(c)) for c in "?bhilqBHILQefd"}]
 
 
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as .safetensors calls them
+
+
 class Stored(NamedTuple):
-    """Where a tensor lies: its file, its name there, its shape, its dtype, and what memory it shares (tied weights) there."""
+    """Where a tensor lies: its file, its name there, its shape, its dtype, what memory it shares (tied weights) there, and at which byte."""
     file: str
     key: str
     shape: tuple
     dtype: str
     memory: object
+    start: int = -1
 
 
 class Checkpoint:
@@ -63,14 +68,18 @@ class Checkpoint:
         self.shapes = {name: x.shape for name, x in self.tensors.items()}
 
     def open_file(self, file):
-        """(get(key) -> tensor, {name: Stored}, what else is in it) of one file."""
+        """(get(key) -> tensor, {name: Stored}, what else is in it) of one file; get is None for .safetensors, read from their bytes."""
         if file.endswith(".safetensors"):
             try:
-                handle = safe_open(file, "pt")
-                slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
+                with safe_open(file, "pt") as handle:  # checks the header against the file
+                    slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
+                with open(file, "rb") as stream:
+                    size = int.from_bytes(stream.read(8), "little")
+                    places = json.loads(stream.read(size))
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file}: damaged, or not a .safetensors file ({str(error).splitlines()[0][:150]})") from None
-            return handle.get_tensor, {clean(key): Stored(file, key, tuple(x.get_shape()), x.get_dtype(), key) for key, x in slices.items()}, {}
+            return None, {clean(key): Stored(file, key, tuple(x.get_shape()), x.get_dtype(), key, 8 + size + places[key]["data_offsets"][0])
+                          for key, x in slices.items()}, {}
         with torch.serialization.safe_globals(HARMLESS):
             raw = load(file, mmap=True)
         key, state = find_state_dict(file, raw, self.state_dict)
@@ -79,11 +88,20 @@ class Checkpoint:
         return state.__getitem__, stored, {name: x for name, x in raw.items() if name != key} if key else {}
 
     def read(self, names):
-        """{name: tensor} of these names, memory-mapped: no longer in memory once they are dropped."""
-        opened = dict(self.opened)
-        for file in {self.tensors[name].file for name in names} - opened.keys():
-            opened[file] = self.open_file(file)[0]
-        return {name: opened[self.tensors[name].file](self.tensors[name].key) for name in names}
+        """{name: tensor} of these names, in memory (.safetensors, at the disk's speed) or memory-mapped (torch's files)."""
+        opened, tensors = dict(self.opened), {}
+        for name in names:
+            x = self.tensors[name]
+            if x.dtype in FLOATS:
+                data = np.fromfile(x.file, np.uint8, math.prod(x.shape) * FLOATS[x.dtype].itemsize, offset=x.start)
+                tensors[name] = torch.from_numpy(data).view(FLOATS[x.dtype]).reshape(x.shape)
+            elif x.start >= 0:
+                raise ValueError(f"{self.path}: {name} is stored as {x.dtype}: dequantise it first")
+            else:
+                if x.file not in opened:
+                    opened[x.file] = self.open_file(x.file)[0]
+                tensors[name] = opened[x.file](x.key)
+        return tensors
 
     def modules(self):
         """Its attention modules (families.Module), in order. Raises ValueError naming the file."""

@@ -138,6 +138,7 @@ def test_what_is_refused(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "nothing.pt")
     quantised = {name: p.to(torch.int8) for name, p in llama().items()}
     save_file(quantised, tmp_path / "int8.safetensors")
+    torch.save(quantised, tmp_path / "int8.pt")
     for name in ("nan", "zero"):
         (tmp_path / name).mkdir()
         save_file(llama(), tmp_path / name / "model.safetensors")
@@ -145,7 +146,7 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, words in (("short.safetensors", ["damaged"]), ("noise.safetensors", ["damaged"]), ("evil.bin", ["plain tensors"]),
                         ("evil.pt", ["plain tensors", "system"]), ("list.pt", ["holds a list"]), ("nothing.pt", ["no state dict"]),
-                        ("int8.safetensors", ["stored as int8", "dequantise"]), ("nan", ["config.json", "JSON object"]),
+                        ("int8.safetensors", ["stored as I8", "dequantise"]), ("int8.pt", ["stored as int8", "dequantise"]), ("nan", ["config.json", "JSON object"]),
                         ("zero", ["nothing says how many heads", "--n_head"]), ("empty", ["no model in it", "model.safetensors"]),
                         ("absent.pt", ["no such file"])):
         refused(tmp_path / name, name, *words, n_head=0 if name in ("zero", "nan") else 4)
