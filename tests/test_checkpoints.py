@@ -146,7 +146,8 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, words in (("short.safetensors", ["damaged"]), ("noise.safetensors", ["damaged"]), ("evil.bin", ["plain tensors"]),
                         ("evil.pt", ["plain tensors", "system"]), ("list.pt", ["holds a list"]), ("nothing.pt", ["no state dict"]),
-                        ("int8.safetensors", ["stored as I8", "dequantise"]), ("int8.pt", ["stored as int8", "dequantise"]), ("nan", ["config.json", "JSON object"]),
+                        ("int8.safetensors", ["stored as I8", "dequantise"]),
+                        ("int8.pt", ["stored as int8", "dequantise"]), ("nan", ["config.json", "JSON object"]),
                         ("zero", ["nothing says how many heads", "--n_head"]), ("empty", ["no model in it", "model.safetensors"]),
                         ("absent.pt", ["no such file"])):
         refused(tmp_path / name, name, *words, n_head=0 if name in ("zero", "nan") else 4)
