@@ -49,6 +49,9 @@ SCHEMES = [
     Scheme("attention.query.weight attention.key.weight attention.value.weight output.dense.weight", "separate", "ViT, DeiT, BEiT, DINOv2"),
     Scheme("self.query_proj.weight self.key_proj.weight self.value_proj.weight output.dense.weight", "separate", "DeBERTa v2"),
     Scheme("self.in_proj.weight output.dense.weight", "grouped", "DeBERTa"),
+    Scheme("attention.qkv.weight output.dense.weight", "fused", "TimeSformer"),
+    Scheme("query_proj.weight key_proj.weight value_proj.weight out_proj.weight", "separate", "ProphetNet"),
+    Scheme("linear_q.weight linear_k.weight linear_v.weight linear_out.weight", "separate", "Conformers of wav2vec 2, ESPnet"),
     Scheme("q_lin.weight k_lin.weight v_lin.weight out_lin.weight", "separate", "DistilBERT, XLM"),
     Scheme("q.weight k.weight v.weight o.weight|proj.weight|out.weight", "separate", "T5, MPNet"),
     Scheme("query.weight key.weight value.weight dense.weight|proj.weight|out.weight|out_proj.weight|output.weight", "separate", "ALBERT, minGPT"),
@@ -57,7 +60,7 @@ SCHEMES = [
     Scheme("qkv.weight proj.weight|projection.weight|out_proj.weight|o_proj.weight|out.weight", "fused", "timm ViT, DINO, MAE, SAM, Swin, BLIP"),
     Scheme("Wqkv.weight Wo.weight|out_proj.weight", "fused", "MPT, ModernBERT, Nomic BERT"),
     Scheme("W_pack.weight o_proj.weight", "fused", "Baichuan"),
-    Scheme("att_proj.weight attn_out.weight", "fused", "OLMo 1 as AI2 saved it"),
+    Scheme("att_proj.weight attn_out.weight|out_proj.weight", "fused", "OLMo 1 as AI2 saved it, Bark"),
     Scheme("to_qkv.weight to_out.0.weight|to_out.weight", "fused", "vit-pytorch"),
     Scheme("to_q.weight to_kv.weight to_out.0.weight|to_out.weight", "fused", "vit-pytorch's cross-attention"),
     Scheme("to_q.weight to_k.weight to_v.weight to_out.0.weight|to_out.weight", "separate", "x-transformers, diffusers"),
@@ -198,7 +201,9 @@ TIMM_HEADS = {("tiny", 192): 3, ("small", 384): 6, ("base", 768): 12, ("large", 
 
 
 def heads_in_config(config, module):
-    """Heads of a module by a model's config (a dict, its sub-configs included), 0 where it does not say."""
+    """Heads of a module by a model's config (a dict, its sub-configs included), 0 or less where it does not say."""
+    if "num_attention_heads_per_stage" in config:  # SAM 2: its one number is the first stage's
+        return -1
     kind = kind_of(module.path)
     inner = {key: value for key, value in config.items() if isinstance(value, dict)}
     own = [value for key, value in inner.items() if kind and kind_of(key) == kind]
@@ -208,11 +213,11 @@ def heads_in_config(config, module):
         if source is not None:
             value = heads_in_config(source, module)
         else:
-            value = next((config[key] for key in (f"{side}_attention_heads" if kind in ("encoder", "decoder") or module.stack == "cross" else "",
-                                                  *HEAD_KEYS) if key in config), 0)
+            sided = [f"{side}_attention_heads", f"{side}_num_attention_heads", f"num_{side}_attention_heads"] * (kind in ("encoder", "decoder") or module.stack == "cross")
+            value = next((config[key] for key in (*sided, *HEAD_KEYS) if key in config), 0)
         if isinstance(value, (list, tuple)):  # one a layer, or one a stage
             value = value[module.numbers[0]] if module.numbers and module.numbers[0] < len(value) else 0
-        if type(value) is int and value > 0:
+        if type(value) is int and value != 0:
             return value
     return 0
 
@@ -258,7 +263,7 @@ def heads_of(module, shapes, configs=(), n_head=0, n_kv_head=0, d_head=0):
     for source, config in dict(configs).items():
         size = re.match(TIMM, str(config.get("architecture", "")))
         by_config = heads_in_config(config, module) or TIMM_HEADS.get((size and size[1], shapes[module.names[-1]][0]), 0)
-        if by_config:
+        if by_config > 0:
             if by_shape and by_shape != by_config:
                 raise ValueError(f"{source} says {by_config} heads, the shapes beside {q} say {by_shape}; give --n_head")
             return by_config, source
