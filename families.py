@@ -213,7 +213,8 @@ def heads_in_config(config, module):
         if source is not None:
             value = heads_in_config(source, module)
         else:
-            sided = [f"{side}_attention_heads", f"{side}_num_attention_heads", f"num_{side}_attention_heads"] * (kind in ("encoder", "decoder") or module.stack == "cross")
+            two_sided = kind in ("encoder", "decoder") or module.stack == "cross"
+            sided = [f"{side}_attention_heads", f"{side}_num_attention_heads", f"num_{side}_attention_heads"] * two_sided
             value = next((config[key] for key in (*sided, *HEAD_KEYS) if key in config), 0)
         if isinstance(value, (list, tuple)):  # one a layer, or one a stage
             value = value[module.numbers[0]] if module.numbers and module.numbers[0] < len(value) else 0

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from spectra import metrics, ov_factors, qk_factors, singular_values, summary
+import spectra
+from spectra import gaussian_nuclear, measure, metrics, ov_factors, qk_factors, singular_values, summary, svd
 
 d, r = 96, 16
 
@@ -75,6 +76,7 @@ def test_metrics_by_their_definitions(case):
                     "stable_rank": (s**2).sum() / s[0] ** 2, "effective_rank": math.exp(-sum(x * math.log(x) for x in p if x > 0)),
                     "nuclear": s.sum(), "frobenius": W.norm().item(), "spectral": s[0], "half_sq_norm": half,
                     "gap": (half - s.sum()) / half, "imbalance": ((AA - BB).norm() / (AA.norm() + BB.norm())).item()}
+        want |= {"norm_A": A[i].norm().item(), "norm_B": B[i].norm().item()}
         got = {name: values[i] for name, values in table.items()}
         assert got.keys() == want.keys()
         for name, value in want.items():
@@ -145,3 +147,89 @@ def test_summary_is_the_mean_over_heads_and_layers():
     gaps = [gap for x in layers for gap in metrics(*qk_factors(x.W_Q, x.W_K))["gap"]]
     assert log["attn_gap_qk"] == pytest.approx(sum(gaps) / 4)
     assert log["layer1_rank95_ov"] == sum(metrics(*ov_factors(layers[1].W_V, layers[1].P))["rank95"]) / 2
+
+
+def hard_heads(n, d, r, seed):
+    """Pairs of factors of every awkward kind: graded, rank-deficient, misaligned, nearly so, of very different sizes."""
+    g = torch.Generator().manual_seed(seed)
+    A, B = torch.randn(2, n, d, r, generator=g, dtype=torch.float64)
+    for i in range(n):
+        decades, k = torch.rand(1, generator=g) * 12, int(torch.randint(1, r + 1, (1,), generator=g))
+        kind = i % 6
+        if kind == 1:
+            A[i] *= torch.logspace(0, -float(decades), r, dtype=torch.float64)
+        if kind == 2:
+            A[i] = A[i, :, :k] @ torch.randn(k, r, generator=g, dtype=torch.float64)
+        if kind == 3:  # what A has much of, B has little of
+            A[i] *= torch.logspace(0, -float(decades), r, dtype=torch.float64)
+            B[i] *= torch.logspace(-float(decades), 0, r, dtype=torch.float64)
+        if kind == 4:
+            A[i] += 1e6 * torch.randn(d, 1, generator=g, dtype=torch.float64) @ torch.randn(1, r, generator=g, dtype=torch.float64)
+        if kind == 5:
+            A[i], B[i] = A[i] * 10 ** float(decades), B[i] * 10 ** -float(decades)
+    return A, B
+
+
+def test_thousands_of_hard_heads_against_qr():
+    """The fast way within 1e-7 of the largest singular value, its counts those of the exact way, head by head."""
+    for seed in range(4):
+        A, B = hard_heads(600, 40, 12, seed)
+        fast, exact = measure(A, B), measure(A, B, exact=True)
+        assert ((fast[0] - exact[0]).abs() <= 1.01e-7 * exact[0][:, :1]).all()
+        assert fast[1]["rank95"] == exact[1]["rank95"] and fast[1]["numerical_rank"] == exact[1]["numerical_rank"]
+
+
+def test_most_heads_go_the_fast_way(monkeypatch):
+    """Ordinary heads never see a QR, and the awkward ones do."""
+    def no(*args):
+        raise AssertionError("QR")
+
+    monkeypatch.setattr(spectra, "by_qr", no)
+    metrics(*torch.randn(2, 8, 256, 64, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(AssertionError, match="QR"):
+        metrics(*hard_heads(6, 40, 12, 0))
+
+
+def test_gpus_way_on_a_cpu(monkeypatch):
+    """All heads at once, as on a GPU: the same numbers, dead, singular and infinite heads among them."""
+    A, B = hard_heads(60, 40, 12, 1)
+    A[3], B[4] = 0, 0
+    want = measure(A, B)
+    monkeypatch.setattr(spectra, "by_gram", spectra.all_at_once)
+    got = measure(A, B)
+    assert ((got[0] - want[0]).abs() <= 2e-7 * want[0][:, :1]).all() and got[1]["rank95"] == want[1]["rank95"]
+    A[7, 0, 0] = math.inf
+    with pytest.raises(ValueError, match=r"\[7\]"):
+        measure(A, B)
+
+
+def test_threads_are_left_as_they_were(monkeypatch):
+    """Heads shared out over two threads: the same numbers, and numpy's BLAS and torch have their threads back, after errors too."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    before = [pool["num_threads"] for pool in spectra.blas().info()]
+    A, B = torch.randn(2, 16, 1024, 32)
+    want = [measure(A[i:i + 1], B[i:i + 1])[0] for i in range(16)]
+    assert torch.equal(measure(A, B)[0], torch.cat(want))
+    A[5, 0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"\[5\]"):
+        measure(A, B)
+    assert [pool["num_threads"] for pool in spectra.blas().info()] == before
+
+
+@pytest.mark.parametrize("d_A, d_B, r", [(96, 96, 32), (200, 64, 16), (8, 12, 16)])
+def test_gaussian_nuclear(d_A, d_B, r):
+    state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    g = torch.Generator().manual_seed(0)
+    direct = []
+    for _ in range(50):
+        A, B = torch.randn(d_A, r, generator=g, dtype=torch.float64), torch.randn(d_B, r, generator=g, dtype=torch.float64)
+        direct.append(float(torch.linalg.matrix_norm(A @ B.mT, "nuc") / A.norm() / B.norm()))
+    assert gaussian_nuclear(d_A, d_B, r) == pytest.approx(sum(direct) / 50, rel=0.02)
+    assert torch.equal(torch.random.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()
+
+
+def test_svd_of_the_product():
+    A, B = gaussian(3, d, r), gaussian(3, 2 * d, r)
+    U, s, V = svd(A, B)
+    assert torch.allclose(U * s[:, None] @ V.mT, A.double() @ B.double().mT)
+    assert torch.allclose(s, singular_values(A, B, exact=True)) and torch.allclose(U.mT @ U, torch.eye(r).double().expand(3, r, r))
