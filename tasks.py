@@ -11,6 +11,8 @@ import numpy as np
 
 from batches import IGNORE, hash64, mix64
 
+EVAL_ROWS = 4096  # of val and of test
+
 # --------------------------------------------------------------------------------------------------------------------- tasks
 
 KEYS, VALUES = 16, 16  # tokens 0 ... KEYS - 1 are keys, the next VALUES are values
@@ -41,13 +43,13 @@ TASKS = {"recall": (KEYS + VALUES, recall)}  # name: (vocabulary size, function)
 # -------------------------------------------------------------------------------------------------------------------- splits
 
 class TaskSplit:
-    """One split of a task, with the attributes and methods of batches.TokenSplit; val and test are 4096 rows, whatever the seed."""
+    """One split of a task, with the attributes and methods of batches.TokenSplit; val and test are the same whatever the seed."""
 
     def __init__(self, task, split, block_size):
         self.block_size, self.split = block_size, split
         vocab_size, self.make = TASKS[task]
         self.meta = {"tokenizer": task, "vocab_size": vocab_size}
-        self.n_windows = self.n_rows = 2**40 if split == "train" else 4096  # train: more than any run sees
+        self.n_windows = self.n_rows = 2**40 if split == "train" else EVAL_ROWS  # train: more than any run sees
         self.n_tokens = self.n_rows * block_size
         self.rows(np.arange(1))  # a block_size that does not fit fails here
 

@@ -170,7 +170,7 @@ def rows(path):
 
 
 def test_the_script_writes_what_the_contract_names(tmp_path):
-    result = script("train_factored.py", f"--out_dir={tmp_path}", "--lams=0,0.3,1", "--duration=3", "--adam_duration=1", "--seeds=1",
+    result = script("train_factored.py", f"--out_dir={tmp_path}", "--lams=0,0.3,1", "--duration=3", "--adam_duration=0.3", "--seeds=1",
                     "--points=8", "--size=4", "--rank=2")
     assert result.returncode == 0, result.stderr
     curves, spectra = rows(tmp_path / "curves.csv"), rows(tmp_path / "spectra.csv")
@@ -184,7 +184,7 @@ def test_the_script_writes_what_the_contract_names(tmp_path):
 
 def test_scalars_end_where_expected(run, tmp_path):
     """Adam with L2: ridge for a free w, lasso for w = a b. AdamW with exact gradients: nearer to the minimum without decay."""
-    run(problem="scalars", out_dir=str(tmp_path), adam_duration=12.0, adam_lr=0.02, scalar_lams="0.1,0.6")
+    run(problem="scalars", out_dir=str(tmp_path), adam_duration=10.0, adam_lr=0.02, scalar_lams="0.1,0.6")
     last = {(row["form"], row["optimizer"], float(row["lam"])): row for row in rows(tmp_path / "scalars.csv") if row["grad_noise"] == "0"}
     H, best = np.array([[1, 0.6], [0.6, 1]]), np.array([1, 0.3])
     for (form, optimizer, lam), row in last.items():

@@ -9,10 +9,16 @@ import torch
 from conftest import assert_same_weights, load, one_line_exit_2, script
 
 import figures
+import tasks
 from model import GPT, decay_groups, init_weights, load_gpt
 from tasks import KEYS, TASKS, VALUES, TaskSplit
 
-RECALL = {"dataset": "recall", "mlp": False, "n_head": 1, "block_size": 16, "batch_size": 64, "total_batch_size": 128}
+RECALL = {"dataset": "recall", "mlp": False, "n_head": 1, "block_size": 16, "batch_size": 16, "total_batch_size": 32}
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    monkeypatch.setattr(tasks, "EVAL_ROWS", 300)
 
 
 def test_recall_is_answerable_and_only_answers_count():
@@ -83,13 +89,13 @@ def test_twenty_steps_are_ten_and_ten(train, tmp_path, monkeypatch):
     resumed = train(tmp_path / "resumed", **RECALL, init_from="resume")
     assert_same_weights(tmp_path / "straight" / "ckpt.pt", tmp_path / "resumed" / "ckpt.pt")
     assert straight["test_acc"] == resumed["test_acc"] and straight["test_loss"] == resumed["test_loss"]
-    train(tmp_path / "one", **{**RECALL, "batch_size": 128})
+    train(tmp_path / "one", **{**RECALL, "batch_size": 32})
     assert_same_weights(tmp_path / "straight" / "ckpt.pt", tmp_path / "one" / "ckpt.pt", tolerance=1e-5)
 
 
 def test_loss_and_accuracy_are_those_of_the_saved_model(train, tmp_path):
     result = train(tmp_path, **RECALL, learning_rate=3e-3, max_iters=40)
-    x, y = map(torch.tensor, TaskSplit("recall", "test", 16).rows(np.arange(4096)))
+    x, y = map(torch.tensor, TaskSplit("recall", "test", 16).rows(np.arange(300)))
     logits = load_gpt(load(tmp_path / "ckpt.pt"))(x)[0]
     assert result["test_acc"] == pytest.approx((logits.argmax(-1) == y)[y >= 0].double().mean().item(), abs=1e-4)
     assert result["test_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits[y >= 0], y[y >= 0]).item(), rel=1e-5)
