@@ -50,35 +50,38 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, n_embd, n_head, bias, dropout, causal):
+    """(B, T, n_embd) -> (B, T, n_embd). mlp: False for attention alone."""
+
+    def __init__(self, n_embd, n_head, bias, dropout, causal, mlp=True):
         super().__init__()
         self.ln_1 = nn.LayerNorm(n_embd, bias=bias)
         self.attn = Attention(n_embd, n_head, bias, dropout, causal)
-        self.ln_2 = nn.LayerNorm(n_embd, bias=bias)
-        self.mlp = MLP(n_embd, bias, dropout)
+        if mlp:
+            self.ln_2 = nn.LayerNorm(n_embd, bias=bias)
+        self.mlp = MLP(n_embd, bias, dropout) if mlp else None
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        return x + self.mlp(self.ln_2(x)) if self.mlp is not None else x
 
 
 class GPT(nn.Module):
-    """A causal language model; the arguments are nanoGPT's model_args, kept as `self.args`. tied: head and embedding share weights."""
+    """A causal language model; the arguments are nanoGPT's model_args, kept as `self.args`. tied: head and embedding share weights;
+    mlp: False for blocks of attention alone."""
 
-    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, dropout=0.0, bias=True, tied=True):
+    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, dropout=0.0, bias=True, tied=True, mlp=True):
         super().__init__()
         if min(vocab_size, block_size, n_layer, n_head, n_embd) < 1 or n_embd % n_head:
             raise ValueError(f"n_embd={n_embd} must be a positive multiple of n_head={n_head}, and vocab_size={vocab_size}, "
                              f"block_size={block_size}, n_layer={n_layer} at least 1")
         self.args = dict(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                          dropout=dropout, bias=bias)
-        if not tied:
-            self.args["tied"] = False  # what nanoGPT does not know stands there only where it matters
+        self.args.update({} if tied else {"tied": False}, **({} if mlp else {"mlp": False}))  # what nanoGPT does not know, where it matters
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(vocab_size, n_embd),
             wpe=nn.Embedding(block_size, n_embd),
             drop=nn.Dropout(dropout),
-            h=nn.ModuleList([Block(n_embd, n_head, bias, dropout, causal=True) for _ in range(n_layer)]),
+            h=nn.ModuleList([Block(n_embd, n_head, bias, dropout, causal=True, mlp=mlp) for _ in range(n_layer)]),
             ln_f=nn.LayerNorm(n_embd, bias=bias),
         ))
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)

@@ -32,6 +32,7 @@ from configurator import configure, current
 from families import attention_layers
 from model import GPT, decay_groups, init_weights, load_gpt, make_optimizers
 from spectra import summary
+from tasks import TASKS, TaskSplit
 
 # --------------------------------------------------------------------------------------------------------------- settings
 # run
@@ -44,7 +45,7 @@ device = "auto"                 # auto, cpu, cuda, mps
 dtype = "auto"                  # autocast: auto (bfloat16 where a GPU has it), float32, bfloat16, float16
 compile = "auto"                # torch.compile: auto (on CUDA), true, false
 # data
-dataset = "pile"                # data/NAME, as prepare_pile.py makes it; P1: the Pile
+dataset = "pile"                # data/NAME, as prepare_pile.py makes it, or a task of tasks.py (recall); P1: the Pile
 data_dir = "data"               # where NAME is
 total_batch_size = 128          # sequences per optimizer step over all processes; P1: 128
 batch_size = 16                 # sequences per process and micro-step; accumulation follows: total / (batch_size * processes)
@@ -54,6 +55,7 @@ n_layer = 12                    # ours, GPT-2 small
 n_head = 12                     # ours, GPT-2 small
 n_embd = 768                    # ours, GPT-2 small
 dropout = 0.0                   # ours
+mlp = True                      # False: blocks of attention alone; ours
 bias = False                    # biases in linear layers and norms; ours
 tied = True                     # head and token embedding share weights; ours, as GPT-2
 vocab_size = 0                  # 0: the tokenizer's, rounded up to a multiple of 64 (GPT-2's 50257 becomes 50304); ours
@@ -84,14 +86,17 @@ wandb_project = "nanorank"      # its project
 wandb_run_name = ""             # empty: out_dir
 
 # a resumed run is the same run: these must not change; the rest, but for FREE, changes only where --init_from=resume asks for it
-SAME_ON_RESUME = ("dataset", "seed", "total_batch_size", "block_size", "n_layer", "n_head", "n_embd", "bias", "tied", "vocab_size", "optimizer")
+SAME_ON_RESUME = ("dataset", "seed", "total_batch_size", "block_size", "n_layer", "n_head", "n_embd", "mlp", "bias", "tied", "vocab_size",
+                  "optimizer")
 FREE_ON_RESUME = ("out_dir", "init_from", "overwrite", "eval_only", "device", "dtype", "compile", "data_dir", "batch_size", "log_interval",
                   "eval_interval", "eval_iters", "rank_interval", "snapshot_steps", "wandb_log", "wandb_project", "wandb_run_name")
 
 # --------------------------------------------------------------------------------------------------------------- batches
 
 def open_data(world):
-    """{split: TokenSplit}. The embedded data set is made on first use; any other must be there."""
+    """{split: TokenSplit or TaskSplit}. The embedded data set is made on first use; any other must be there, tasks need no data."""
+    if dataset in TASKS:
+        return {split: TaskSplit(dataset, split, block_size) for split in ("train", "val", "test")}
     folder = os.path.join(data_dir, dataset)
     meta = os.path.join(folder, "meta.json")
     if dataset == "python" and not os.path.exists(meta) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -167,7 +172,8 @@ def check_settings(world):
 
 @torch.no_grad()
 def evaluate(model, split, world, autocast, stop, rows=None):
-    """Mean loss in nats per token over `rows` evenly spaced rows of a split (all by default), over all processes.
+    """{"loss": mean loss in nats per target} over `rows` evenly spaced rows of a split (all by default), over all processes;
+    for tasks {"acc": fraction of targets that are the likeliest token} too.
 
     A signal ends the run here: whatever is evaluated was saved before.
     """
@@ -176,7 +182,7 @@ def evaluate(model, split, world, autocast, stop, rows=None):
     batches = -(-n // (batch_size * world.size))
     index = np.pad(index, (0, batches * batch_size * world.size - n), constant_values=-1).reshape(batches, world.size, batch_size)
     model.eval()
-    total, count, began, spoke = 0.0, 0, time.time(), time.time()
+    total, right, count, began, spoke = 0.0, 0, 0, time.time(), time.time()
     for i, (x, y) in enumerate(prefetch(lambda i: split.rows(index[i, world.rank]), range(batches), world.device)):
         if number := stop.anywhere(world):
             print0(f"stopped by signal {number} while evaluating: go on with --init_from=resume")
@@ -186,13 +192,15 @@ def evaluate(model, split, world, autocast, stop, rows=None):
         if tokens:
             with autocast:
                 total += model(x, y)[1].item() * tokens
+                if dataset in TASKS:
+                    right += int((model(x)[0].argmax(-1) == y).sum())
             count += tokens
         if time.time() - spoke > 10:
             spoke = time.time()
             print0(f"  evaluating: batch {i + 1} of {batches}, {time_left((spoke - began) / (i + 1) * (batches - i - 1))} left")
     model.train()
-    total, count = all_sum(world, total, count)
-    return total / count
+    total, right, count = all_sum(world, total, right, count)
+    return {"loss": total / count, **({"acc": right / count} if dataset in TASKS else {})}
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
@@ -229,14 +237,14 @@ def main():
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
         else:
-            model = GPT(vocab_size or -(-meta["vocab_size"] // 64) * 64, block_size, n_layer, n_head, n_embd, dropout, bias, tied)
+            model = GPT(vocab_size or -(-meta["vocab_size"] // 64) * 64, block_size, n_layer, n_head, n_embd, dropout, bias, tied, mlp)
             init_weights(model, seed)
         if resume and not eval_only:
             check_resume(checkpoint, latest, data["train"].fingerprint())
         for what, needed in (("vocab_size", meta["vocab_size"]), ("block_size", block_size)):
             if model.args[what] < needed:
                 raise ValueError(f"the model's {what} is {model.args[what]}, this data set and --block_size need {needed}")
-        shape = {"tied": True, **model.args, "block_size": block_size}  # what runs, whatever the flags of an --init_from=PATH say
+        shape = {"tied": True, "mlp": True, **model.args, "block_size": block_size}  # what runs, whatever the flags of an --init_from=PATH say
         model.to(world.device)
 
     # what runs: the same weights, compiled where that pays, behind DDP where there are several processes
@@ -360,11 +368,11 @@ def main():
             print0(f"step {step}: rank95 of W_K^T W_Q {ranks['attn_rank95_qk']:.2f}, of P W_V {ranks['attn_rank95_ov']:.2f} "
                    f"(means over heads of width {model.args['n_embd'] // model.args['n_head']}), parameter norm {norm_all:.2f}")
         if due:
-            val_loss = evaluate(fast, data["val"], world, autocast, stop, eval_iters * total_batch_size)
-            best_val_loss = min(best_val_loss, val_loss)
+            val = {f"val_{name}": x for name, x in evaluate(fast, data["val"], world, autocast, stop, eval_iters * total_batch_size).items()}
+            best_val_loss = min(best_val_loss, val["val_loss"])
             if first:
-                log(step, val_loss=val_loss)
-            print0(f"step {step}: val loss {val_loss:.4f}")
+                log(step, **val)
+            print0(f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {x:.4f}" for name, x in val.items()))
         if last:
             break
         if not unread:
@@ -402,10 +410,10 @@ def main():
     save_checkpoint(max_iters, log_bytes)  # once more, with the last evaluation's best_val_loss
     result = {**settings, **shape, **whole_splits(fast, data, world, autocast, stop), "best_val_loss": best_val_loss,
               "steps": max_iters, "tokens": max_iters * tokens_per_step, "seconds": seconds,
-              "decay_time_constants": decay["attn"], "decay_time_constants_mlp": decay["mlp"],
+              "decay_time_constants": decay["attn"], "decay_time_constants_mlp": decay.get("mlp", 0.0),
               "decay_time_constants_embed": decay["embed"], "processes": world.size, "trained_on": str(world.device)}
     if first:
-        log(max_iters, test_loss=result["test_loss"], test_ppl=result["test_ppl"])
+        log(max_iters, **{name: x for name, x in result.items() if name.startswith("test_")})
         save_json(os.path.join(out_dir, "result.json"), result)
     print0(f"{decay['attn']:.2f} decay time constants on attention, {time_left(seconds)} of training; "
            f"look at it: python analyze.py {out_dir}")
@@ -413,11 +421,14 @@ def main():
 
 
 def whole_splits(model, data, world, autocast, stop):
-    """Losses and perplexities of the whole val and test splits, printed and returned."""
-    losses = [evaluate(model, data[split], world, autocast, stop) for split in ("val", "test")]
-    val_ppl, test_ppl = (math.exp(loss) if loss < 700 else math.inf for loss in losses)
-    print0(f"whole splits: val loss {losses[0]:.4f}, test loss {losses[1]:.4f}, test perplexity {test_ppl:.3f}")
-    return {"val_loss": losses[0], "val_ppl": val_ppl, "test_loss": losses[1], "test_ppl": test_ppl}
+    """Losses and perplexities of the whole val and test splits, for tasks accuracies too, printed and returned."""
+    result = {}
+    for split in ("val", "test"):
+        at = evaluate(model, data[split], world, autocast, stop)
+        at["ppl"] = math.exp(at["loss"]) if at["loss"] < 700 else math.inf
+        result.update({f"{split}_{name}": x for name, x in at.items()})
+    print0("whole splits: " + ", ".join(f"{name.replace('_', ' ')} {x:.4f}" for name, x in result.items()))
+    return result
 
 
 def check_resume(checkpoint, path, fingerprint):
