@@ -27,11 +27,11 @@ import torch.nn.functional as F
 import prepare_pile
 import train_lm
 from batches import TokenSplit
-from checkpoints import attention_layers
 from common import init_dist, input_errors, peak_flops, pick_dtype, save, save_json, synchronize, write_atomic
 from configurator import configure
+from families import attention_layers
 from model import GPT, decay_groups, head_loss, init_weights, make_optimizers
-from spectra import metrics, singular_values, summary
+from spectra import metrics, qk_factors, singular_values, summary
 
 repeats = 7             # of each contestant, interleaved; medians are printed
 device = "auto"         # auto, cpu, cuda, mps
@@ -133,14 +133,52 @@ def bench_batches(world):
 
 
 def bench_spectra(world):
-    """32 heads of 4096 x 128, one layer of Llama 2 7B, against one pass of float32 Gram GEMMs over the factors."""
+    """32 heads of 4096 x 128, one layer and product of Llama 2 7B, read from a file that the page cache holds: against reading it and one pass of
+    float32 Gram GEMMs over the factors; TransformerLens's way (three SVDs a head); the SVD of the whole product (one head, times 32)."""
     torch.manual_seed(0)
-    A, B = torch.randn(2, 32, 4096, 128, device=world.device)
-    times = interleaved({"metrics": lambda: metrics(A, B), "exact": lambda: metrics(A, B, exact=True),
-                         "grams": lambda: (A.mT @ A, B.mT @ B)}, world)
-    error = (singular_values(A, B) - singular_values(A, B, exact=True)).abs().max() / singular_values(A, B, exact=True).max()
-    yield row("spectra", "32 heads of 4096 x 128, all metrics", times["metrics"], "float32 Gram GEMMs", times["grams"], error=float(error))
-    yield row("spectra", "the same with --exact (QR)", times["exact"], "float32 Gram GEMMs", times["grams"])
+    W_Q, W_K = torch.randn(2, 32, 128, 4096)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "layer")
+        torch.stack([W_Q, W_K]).numpy().tofile(path)
+
+        def read():
+            return torch.from_numpy(np.fromfile(path, np.float32)).view(2, 32, 128, 4096).to(world.device)
+
+        def floor():
+            W_Q, W_K = read()
+            return W_Q @ W_Q.mT, W_K @ W_K.mT
+
+        W_Q, W_K = W_Q.to(world.device), W_K.to(world.device)
+        A, B = qk_factors(W_Q, W_K)
+        times = interleaved({"ours": lambda: metrics(*qk_factors(*read())), "floor": floor, "metrics": lambda: metrics(A, B),
+                             "grams": lambda: (A.mT @ A, B.mT @ B), "exact": lambda: metrics(A, B, exact=True)}, world)
+    rare = {}
+    for name, way, heads in (("factored", lambda: factored_matrix_svd(A, B.mT), 32), ("full", lambda: torch.linalg.svdvals(A[0] @ B[0].mT), 1)):
+        synchronize(world.device)
+        start = time.perf_counter()
+        way()  # seconds to minutes: once
+        synchronize(world.device)
+        rare[name] = (time.perf_counter() - start) * 32 / heads
+    exact = singular_values(A, B, exact=True)
+    deficient = A * (torch.arange(128, device=A.device) < 5)  # rank 5
+    error = [float(((singular_values(X, B) - want).abs() / want[:, :1]).max())
+             for X, want in ((A, exact), (deficient, singular_values(deficient, B, exact=True)))]
+    what = "32 heads of 4096 x 128, all metrics"
+    yield row("spectra", f"{what}, from a file", times["ours"], "reading it, float32 Grams", times["floor"], error=error[0], error_at_rank_5=error[1])
+    yield row("spectra", f"{what}, from memory", times["metrics"], "float32 Grams", times["grams"])
+    yield row("spectra", f"{what}, --exact (QR)", times["exact"], "float32 Grams", times["grams"])
+    yield row("spectra", f"{what}, from memory", times["metrics"], "TransformerLens's FactoredMatrix.svd", rare["factored"],
+              times_faster=rare["factored"] / times["metrics"])
+    yield row("spectra", f"{what}, from memory", times["metrics"], "32 x the SVD of one whole product", rare["full"],
+              times_faster=rare["full"] / times["metrics"])
+
+
+def factored_matrix_svd(A, B):
+    """As TransformerLens's FactoredMatrix does it: for A (H, d, r), B (H, r, d) the SVDs of A, of B, and of what stands between."""
+    U_A, s_A, V_A = torch.linalg.svd(A, full_matrices=False)
+    U_B, s_B, V_B = torch.linalg.svd(B, full_matrices=False)
+    U, s, V = torch.linalg.svd(s_A[..., None] * V_A @ U_B * s_B[..., None, :], full_matrices=False)
+    return U_A @ U, s, V @ V_B
 
 
 def bench_checkpoint(world):
