@@ -205,7 +205,7 @@ def heads_in_config(config, module):
     if "num_attention_heads_per_stage" in config:  # SAM 2: its one number is the first stage's
         return -1
     kind = kind_of(module.path)
-    inner = {key: value for key, value in config.items() if isinstance(value, dict)}
+    inner = {key: value for key, value in config.items() if isinstance(key, str) and isinstance(value, dict)}
     own = [value for key, value in inner.items() if kind and kind_of(key) == kind]
     rest = [value for key, value in inner.items() if kind_of(key) in (("", "text") if kind != "text" else ("",))]
     side = "decoder" if kind == "decoder" or module.stack == "cross" else "encoder"

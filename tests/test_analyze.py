@@ -252,6 +252,15 @@ def test_truncation(tmp_path, run, bias, capsys):
         assert words in capsys.readouterr().err
 
 
+def test_what_train_lm_leaves(train, run, tmp_path, capsys):
+    """A run's ckpt.pt with its optimizer and settings; truncated, train_lm evaluates it."""
+    train(tmp_path / "a", max_iters=4)
+    heads, _ = run(tmp_path / "a" / "ckpt.pt", truncate=0.5, save=str(tmp_path / "small.pt"), figure=False)
+    assert len(heads) == 2 * 2 * 2 and "from its model_args" in capsys.readouterr().out
+    train(tmp_path / "b", init_from=str(tmp_path / "small.pt"), eval_only=True)
+    assert "test perplexity" in capsys.readouterr().out.replace("test ppl", "test perplexity")
+
+
 def test_truncation_is_for_our_gpts(tmp_path, run, capsys):
     torch.save({"layers.0.attn.qkv.weight": torch.randn(24, 8), "layers.0.attn.proj.weight": torch.randn(8, 8)}, tmp_path / "vit.pt")
     with pytest.raises(SystemExit):
