@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoints import expand, open_all, run_of
+from checkpoints import NOT_MODELS, SUFFIXES, expand, open_all, run_of
 from common import init_dist, input_errors, load, write_atomic
 from common import save as save_file
 from configurator import configure
+from families import is_block, left_out
 from spectra import gaussian_nuclear, measure, ov_factors, qk_factors, rank_name, ranks, svd
 
 out_dir = "out/analysis"    # where the CSV files and the figures go
@@ -59,7 +60,7 @@ def head_rows(checkpoint, device, done=lambda part: None):
                 s, table = measure(A, B, threshold, exact)
             except ValueError as error:
                 where = f"{layer.stack} layer {layer.layer}".strip()
-                raise ValueError(f"{checkpoint.path}: {where}, {product}: {error}") from None
+                raise ValueError(f"{checkpoint.path}: {where}, {product}: {str(error).replace('product [', 'head [')}") from None
             baseline = gaussian_nuclear(A.shape[-2], B.shape[-2], A.shape[-1])
             for head in range(len(s)):
                 key = {"checkpoint": checkpoint.path, "step": checkpoint.step, "stack": layer.stack, "layer": layer.layer, "head": head,
@@ -88,16 +89,22 @@ def groups_of(checkpoint):
     """{parameter's name: the rows of norms.csv that it counts in}: all; attn, mlp (what else is in a block) or embed (what is in none:
     embeddings, patch projection, heads), norms' own parameters in none of these; and its layer."""
     modules = checkpoint.modules()
-    blocks = {}
+    blocks, attention, lists = {}, set(), {}
     for module in modules:
         prefix = f"{module.stack}_" if module.stack not in ("", "cross") else ""
         blocks.setdefault(module.block, prefix)
+        names = [x for entry in module.names for x in ([entry] if isinstance(entry, str) else entry)]
+        attention.update({f"{name.removesuffix('weight')}" for name in names} if is_block(module) else {f"{module.path}."})
+        if is_block(module) and "." in module.path:  # attentions.3, ffns.3, layer_norm1.3: lists side by side
+            lists[module.block.rstrip(".").rpartition(".")[0]] = prefix
     groups = {}
     for name in checkpoint.parameters():
         places = {match[0]: prefix for block, prefix in blocks.items() if block and (match := re.match(re.escape(block) + r"(\d+)(?=\.)", name))}
+        places |= {match[0]: prefix for parent, prefix in lists.items()
+                   if (match := re.match(re.escape(parent) + r"\.?\w+\.(\d+)(?=\.)", name))}
         block = max(places, key=len, default=None)  # transformer.h.3
-        in_module = any(name.startswith(f"{module.path}.") for module in modules) or re.search(r"attn|attention|EncDec", name, re.I)
-        kind = "attn" if in_module else "mlp" if block is not None else "embed"
+        own = name.startswith(tuple(attention)) or (not any(map(is_block, modules)) and re.search(r"attn|attention|EncDec", name, re.I))
+        kind = "attn" if own else "mlp" if block is not None else "embed"
         groups[name] = ["all"] + [kind] * (not re.search(r"norm|(^|[._])ln([._\d]|$)", name, re.I))
         if block is not None:
             groups[name].append(f"{places[block]}layer_{re.search('[0-9]+$', block)[0]}")
@@ -118,12 +125,16 @@ def norm_rows(checkpoint, previous, done=lambda part: None):
 
     for tensors, before in read_ahead(read, [batch for batch in batches if batch]):
         for name, p in tensors.items():
-            added = np.array([*dot_products(p, before.get(name)), p.numel()])
+            pp, pq, qq = dot_products(p, before.get(name))
+            if not np.isfinite(pp):
+                raise ValueError(f"{checkpoint.path}: {name} holds NaN or inf")
+            added = np.array([pp, pq, qq, pp * (name in before), p.numel()])
             for group in groups[name]:
                 sums[group] = sums.get(group, 0) + added
         done(len(tensors) / len(groups))
-    return [{"checkpoint": checkpoint.path, "step": checkpoint.step, "group": group, "norm": pp**0.5, "parameters": int(n),
-             "cos_prev": pq / (pp * qq) ** 0.5 if pp * qq else ""} for group, (pp, pq, qq, n) in sums.items()]
+    return [{"checkpoint": checkpoint.path, "step": checkpoint.step, "group": group, "norm": float(pp**0.5), "parameters": int(n),
+             "cos_prev": float(pq / (same * qq) ** 0.5) if same * qq else ""}  # over what both have in the same shape
+            for group, (pp, pq, qq, same, n) in sums.items()]
 
 
 def dot_products(p, q=None):
@@ -185,8 +196,8 @@ def by_layer(rows):
     return {**groups, **{f"all {product}": [row for row in rows if row["product"] == product] for product in ("qk", "ov")}}
 
 
-def print_table(run, step, rows, heads_from):
-    """One checkpoint: layer x product, means over heads."""
+def print_table(run, step, rows, heads_from, remarks):
+    """One checkpoint: layer x product, means over heads; how heads were counted, and what was left out."""
     columns = [rank_name(threshold), "stable_rank", "effective_rank", "nuclear", "half_sq_norm", "gap", "gap_gaussian", "imbalance"]
     widths = "/".join(str(width) for width in sorted({row["d_head"] for row in rows}))
     print(f"\n{run}{f', step {step}' if step >= 0 else ''}: means over heads of width {widths} (how many heads: from {heads_from})")
@@ -195,6 +206,8 @@ def print_table(run, step, rows, heads_from):
     print(" " * width + "".join(f"{name:>16}" for name in columns))
     for label, group in table.items():
         print(f"{label:{width}}" + "".join(f"{mean(group, name):16.3f}" for name in columns))
+    for remark in remarks:
+        print(f"note: {remark}")
 
 
 def print_trajectory(run, checkpoints):
@@ -222,9 +235,12 @@ def print_fits(fits):
 
 def result_of(step, rows):
     """What a run's result.json tells, where it is about this step: not the end's perplexity beside an earlier snapshot's ranks."""
-    path = os.path.join(os.path.dirname(rows[0]["checkpoint"]), "result.json")
-    result = json.load(open(path, encoding="utf-8")) if os.path.exists(path) else {}
-    return result if result.get("steps") == step else {}
+    try:
+        with open(os.path.join(os.path.dirname(rows[0]["checkpoint"]), "result.json"), encoding="utf-8") as file:
+            result = json.load(file)
+    except (OSError, ValueError):  # none, or none that can be read
+        result = {}
+    return result if isinstance(result, dict) and result.get("steps") == step else {}
 
 
 def print_side_by_side(runs):
@@ -253,6 +269,10 @@ def print_comparison(runs, settings):
     if a.keys() != b.keys():
         raise ValueError(f"--compare: {name_a} and {name_b} have different layers: {', '.join(sorted(a.keys() ^ b.keys())[:4])}")
     columns = [rank_name(threshold), "effective_rank", "nuclear", "gap"]
+    for label in a:
+        x, y = ((len(table[label]), table[label][0]["d_head"]) for table in (a, b))
+        if x != y:
+            raise ValueError(f"--compare: {label} has {x[0]} heads of {x[1]} in {name_a}, {y[0]} of {y[1]} in {name_b}")
     print(f"\nA = {name_a}\nB = {name_b}\nmeans over heads\n{'':16}" + "".join(f"{name:^33}" for name in columns)
           + f"\n{'':16}" + f"{'A':>11}{'B':>11}{'B - A':>11}" * len(columns))
     rows = []
@@ -312,13 +332,20 @@ def truncated(state, n_head, threshold):
     return state, *(sum(k) / len(k) for k in kept.values())
 
 
-def save_truncated(checkpoint):
-    """Writes --save, and says how to evaluate it. Raises ValueError where the checkpoint is not a GPT of ours or nanoGPT's."""
+def truncatable(checkpoint):
+    """What a checkpoint's file holds. Raises ValueError where it is not a GPT of ours or nanoGPT's."""
     raw = load(checkpoint.path) if os.path.isfile(checkpoint.path) and not checkpoint.path.endswith(".safetensors") else {}
-    if not isinstance(raw.get("model_args"), dict) or checkpoint.modules()[0].scheme.layout != "conv":
+    biases = [name.endswith(("attn.c_attn.bias", "attn.c_proj.bias")) for name in checkpoint.tensors]
+    if not isinstance(raw.get("model_args"), dict) or checkpoint.modules()[0].scheme.layout != "conv" \
+            or sum(biases) not in (0, 2 * len(checkpoint.modules())):
         raise ValueError(f"{checkpoint.path}: --truncate takes a GPT checkpoint of train_lm.py's or nanoGPT's (with model_args)")
+    return raw
+
+
+def save_truncated(checkpoint, raw):
+    """Writes --save, and says how to evaluate it."""
     heads, _ = checkpoint.heads_of(checkpoint.modules()[0])
-    state = {name: checkpoint.read([name])[name] for name in checkpoint.tensors}
+    state = checkpoint.read(checkpoint.tensors)
     state, qk, ov = truncated(state, heads, truncate)
     keep = {key: raw[key] for key in ("model_args", "iter_num", "best_val_loss", "config") if key in raw}
     save_file(save, {"model": state, **keep, "truncated": truncate})
@@ -338,6 +365,9 @@ def check_settings(paths):
         raise ValueError(f"--save={save} is there already")
     if truncate:
         rank_name(truncate)
+    for name in ("n_head", "n_kv_head", "d_head"):
+        if globals()[name] < 0:
+            raise ValueError(f"--{name}={globals()[name]} must not be negative")
     if layers and not re.fullmatch(r"\d+(,\d+)*", layers):
         raise ValueError(f"--layers={layers}: expects numbers separated by commas")
 
@@ -348,34 +378,48 @@ def main(paths):
         check_settings(paths)
         world = init_dist(device)
         found = expand(paths)
+        apart = compare and len(found) == 2  # two checkpoints, of one run perhaps
         if save and len(found) != 1:
             raise ValueError(f"--truncate takes one checkpoint, not {len(found)}")
-        heads, spectra, norm_table, runs, sources, settings, previous = [], [], [], {}, {}, {}, None
+        if compare and not apart and len(set(map(run_of, found))) != 2:
+            raise ValueError(f"--compare takes two runs or checkpoints, not {len(set(map(run_of, found)))}")
+        os.makedirs(out_dir, exist_ok=True)
+        heads, spectra, norm_table, runs, sources, settings, previous, raw = [], [], [], {}, {}, {}, None, None
         options = {"n_head": n_head, "n_kv_head": n_kv_head, "d_head": d_head, "pattern": pattern, "layout": layout, "state_dict": state_dict}
+        chosen = [int(x) for x in layers.split(",")] if layers else []
         bar = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
         with tqdm(total=len(found) * (1 + norms), disable=None, smoothing=0, bar_format=bar) as progress:
             for checkpoint in open_all(paths, **options):
-                run, modules = run_of(checkpoint.path), checkpoint.modules()
+                run, modules = checkpoint.path if apart else run_of(checkpoint.path), checkpoint.modules()
                 progress.set_description(os.path.basename(checkpoint.path))
-                sources[run] = ", ".join(dict.fromkeys(checkpoint.heads_of(module)[1] for module in modules))
+                told = list(dict.fromkeys(checkpoint.heads_of(module)[1] for module in modules))
+                for name in ("n_head", "d_head"):
+                    if globals()[name] and f"--{name}" not in told and "tensor shapes" not in told:
+                        raise ValueError(f"--{name}={globals()[name]}: heads are told by {', '.join(told)} already")
+                if chosen and not {module.layer for module in modules} & {*chosen}:
+                    raise ValueError(f"--layers={layers}: {checkpoint.path} has none of them")
+                raw = truncatable(checkpoint) if save else None
+                sources[run] = ", ".join(told), left_out(modules, checkpoint.shapes)
                 settings[run] = checkpoint.configs.get("its config", {})
                 rows, singular = head_rows(checkpoint, world.device, progress.update)
                 runs.setdefault(run, []).append((checkpoint.step, rows))
-                spectra = [row for row in spectra if run_of(row["checkpoint"]) != run] + singular  # of a run the last
+                spectra = [row for row in spectra if apart or run_of(row["checkpoint"]) != run] + singular  # of a run the last
                 heads += rows
                 if norms:
-                    before = previous if previous and run_of(previous.path) == run else None
+                    before = previous if previous and run_of(previous.path) == run_of(checkpoint.path) else None
                     norm_table += norm_rows(checkpoint, before, progress.update)
                 previous = checkpoint
-        if compare and len(runs) != 2:
-            raise ValueError(f"--compare takes two runs or checkpoints, not {len(runs)}")
-        os.makedirs(out_dir, exist_ok=True)
         fits = fit_rows(norm_table)
         tables = {"heads.csv": heads, "spectra.csv": spectra, "norms.csv": norm_table, "fits.csv": fits}
         for run, checkpoints in runs.items():
-            print_table(run, *checkpoints[-1], sources[run])
+            print_table(run, *checkpoints[-1], *sources[run])
             if len(checkpoints) > 1:
                 print_trajectory(run, checkpoints)
+        for path in paths:
+            beside = [name for name in os.listdir(path) if name.endswith(SUFFIXES) and not re.match(NOT_MODELS, name)] if os.path.isdir(path) else []
+            ignored = [name for name in beside if path not in found and os.path.join(os.path.normpath(path), name) not in found]
+            if ignored and any(os.path.isdir(file) for file in found):
+                print(f"\nnote: {path} was taken for the checkpoints in it; {ignored[0]} beside them is left out (give it by name)")
         print_fits(fits)
         if compare:
             tables["compare.csv"] = print_comparison(runs, list(settings.values()))
@@ -383,13 +427,13 @@ def main(paths):
             print_side_by_side(runs)
         written = [f"{write_csv(name, rows)} ({len(rows):,} rows)" for name, rows in tables.items() if rows]
         if save:
-            save_truncated(checkpoint)
-    print(f"\nwrote {', '.join(written)}")
-    if figure:
-        import figures
-        chosen = [int(x) for x in layers.split(",")] if layers else []
-        drawn = figures.analysis(out_dir, [name.removesuffix(".csv") for name, rows in tables.items() if rows], chosen)
-        print(f"figures: {', '.join(drawn)}")
+            save_truncated(checkpoint, raw)
+        print(f"\nwrote {', '.join(written)}")
+        if figure:
+            import figures
+            drawn = figures.analysis(out_dir, [name.removesuffix(".csv") for name, rows in tables.items() if rows], chosen)
+            print(f"figures: {', '.join(drawn)}" + f" (f4, heatmap, spectra, norms: the first {figures.MOST_RUNS} of {len(runs)} runs)"
+                  * (len(runs) > figures.MOST_RUNS))
     return runs
 
 

@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -25,11 +26,13 @@ from families import find_attention, heads_of, split_heads
 
 RUN_FILE = r"ckpt\.pt|step_(\d+)\.pt"  # what train_lm.py leaves in a run folder
 STEP = r"(?:^|(?<=[._@-]))(?:global_?)?(?:step|checkpoint|ckpt|iter|iteration)[-_=]?(\d+)(?=$|[._-])"  # step1000, checkpoint-500, a_step7.pt
+EPOCH = r"epoch[-_=]?(\d+)"  # where no step is told
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 NOT_MODELS = r"training_args|optimizer|scheduler|rng_state|random_states|scaler"  # what else trainers leave under these suffixes
 STATE_DICTS = ("model", "model_state", "state_dict", "model_state_dict", "module", "net", "weights")  # where files keep the state dict
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module")  # what DDP, torch.compile, FSDP, DeepSpeed put into names
-BUFFERS = r"(^|\.)(tril|mask|IGNORE|inv_freq|position_ids|masked_bias|running_mean|running_var)$"  # no parameters, though stored
+BUFFERS = (r"(^|\.)(tril|\w*mask|IGNORE|inv_freq|rotary_(sin|cos)|(cos|sin)_cached|freqs|freqs_cis|pe|position_ids|relative_position_index|"
+           r"masked_bias|running_mean|running_var)$")  # no parameters, though stored
 HARMLESS = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.dtype, np._core.multiarray.scalar,
             (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), *{type(np.dtype(c)) for c in "?bhilqBHILQefd"}]
 
@@ -61,10 +64,14 @@ class Checkpoint:
             get, stored, extra = self.open_file(file)
             if not file.endswith(".safetensors") and os.path.getsize(file) < 2**28:
                 self.opened[file] = get  # unpickling it again for each layer would cost more than keeping it mapped
+            twice = self.tensors.keys() & stored.keys()
+            if twice:
+                raise ValueError(f"{path}: {min(twice)} is there twice")
             self.tensors.update(stored)
             extra = {key: vars(x) if isinstance(x, argparse.Namespace) else x for key, x in extra.items()}
             self.configs = {**{f"its {key}": x for key, x in extra.items() if isinstance(x, dict)}, **self.configs}
-            self.step = next((extra[key] for key in ("iter_num", "global_step", "step") if type(extra.get(key)) is int), self.step)
+            inside = next((extra[key] for key in ("iter_num", "global_step", "step") if type(extra.get(key)) is int), -1)
+            self.step = inside if self.step < 0 else self.step  # the name's, by which a run is put in order
         self.shapes = {name: x.shape for name, x in self.tensors.items()}
 
     def open_file(self, file):
@@ -78,13 +85,14 @@ class Checkpoint:
                     places = json.loads(stream.read(size))
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file}: damaged, or not a .safetensors file ({str(error).splitlines()[0][:150]})") from None
-            return None, {clean(key): Stored(file, key, tuple(x.get_shape()), x.get_dtype(), key, 8 + size + places[key]["data_offsets"][0])
-                          for key, x in slices.items()}, {}
+            return None, cleaned(file, {key: Stored(file, key, tuple(x.get_shape()), x.get_dtype(), key, 8 + size + places[key]["data_offsets"][0])
+                                        for key, x in slices.items()}), {}
         with torch.serialization.safe_globals(HARMLESS):
             raw = load(file, mmap=True)
         key, state = find_state_dict(file, raw, self.state_dict)
-        stored = {clean(name): Stored(file, name, tuple(x.shape), str(x.dtype)[6:], (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape))
-                  for name, x in state.items() if isinstance(name, str) and isinstance(x, torch.Tensor)}
+        stored = cleaned(file, {name: Stored(file, name, tuple(x.shape), str(x.dtype)[6:],
+                                             (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape))
+                                for name, x in state.items() if isinstance(name, str) and isinstance(x, torch.Tensor)})
         return state.__getitem__, stored, {name: x for name, x in raw.items() if name != key} if key else {}
 
     def read(self, names):
@@ -106,7 +114,7 @@ class Checkpoint:
     def modules(self):
         """Its attention modules (families.Module), in order. Raises ValueError naming the file."""
         try:
-            return find_attention(self.shapes, **self.names)
+            return find_attention(self.shapes, **self.names, config=self.configs.get("config.json"))
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
 
@@ -139,9 +147,14 @@ class Checkpoint:
                 and not ((x.file, x.memory) in seen or seen.add((x.file, x.memory)))]
 
 
-def clean(name):
-    """A tensor's name without what wrappers put into it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+def cleaned(file, stored):
+    """{name: Stored} under names without what wrappers put into them. Raises ValueError where two become the same."""
+    names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in stored}
+    first = {}
+    for name, short in names.items():
+        if first.setdefault(short, name) != name:
+            raise ValueError(f"{file}: holds both {first[short]} and {name}")
+    return {names[name]: x for name, x in stored.items()}
 
 
 def find_state_dict(file, raw, wanted=""):
@@ -206,12 +219,13 @@ def locate(path):
 def from_hub(repo, revision):
     """locate for a model on the Hugging Face hub: fetches its config and weights into the hub's cache, nothing else."""
     from huggingface_hub import HfApi, hf_hub_download
+    print(f"no {repo} here: asking the Hugging Face hub for it", file=sys.stderr, flush=True)
     at = {"repo_id": repo, "revision": revision or None}
     try:
         names = HfApi().list_repo_files(**at)
         def fetch(name): return hf_hub_download(filename=name, **at)
         return choose(repo, names, fetch), [fetch(name) for name in ("config.json", "params.json") if name in names]
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:  # httpx, requests and the hub have dozens of kinds
         if type(error) is ValueError:
             raise
         raise ValueError(f"{repo}: no such file or folder here, and the Hugging Face hub did not give it: "
@@ -244,16 +258,20 @@ def choose(path, names, fetch):
 
 def step_in(path):
     """The step that a checkpoint's name tells, -1 where it tells none."""
-    match = re.search(STEP, os.path.basename(path))
+    match = step_of(os.path.basename(path))
     return int(match[1]) if match else -1
+
+
+def step_of(name):
+    return re.search(STEP, name) or re.search(EPOCH, name)
 
 
 def run_of(path):
     """The run that a checkpoint belongs to: its path without what tells the step and what follows that."""
     folder, name = os.path.split(path)
-    step = re.search(STEP, name)
+    step = step_of(name)
     if re.fullmatch(RUN_FILE, name) or step:
-        series = re.sub(r"epoch[=_-]?\d+", "", name[:step.start()]).strip("._-@") if step else ""
+        series = re.sub(EPOCH, "", name[:step.start()]).strip("._-@") if step else ""
         return os.path.join(folder, series) if series else folder or "."
     return path
 
@@ -265,7 +283,7 @@ def expand(paths):
     for path in map(os.path.normpath, paths):
         names = os.listdir(path) if os.path.isdir(path) else []
         found = [os.path.join(path, name) for name in names if re.fullmatch(RUN_FILE, name)]
-        found = found or [os.path.join(path, name) for name in names if re.search(STEP, name)
+        found = found or [os.path.join(path, name) for name in names if step_of(name)
                           and (name.endswith(SUFFIXES) or os.path.isdir(os.path.join(path, name)))]
         refs = os.path.join(path, "refs")
         found = found or [f"{path}@{name}" for name in (os.listdir(refs) if os.path.isdir(refs) else []) if re.search(STEP, name)]

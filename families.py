@@ -10,6 +10,7 @@ Heads are counted by the caller's word, the model's config or tensor shapes; nev
 """
 import difflib
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,22 +27,34 @@ class AttentionLayer(NamedTuple):
 
 
 class Scheme(NamedTuple):
-    """One naming: `names` of q k v o, of qkv o or of q kv o, alternatives for o separated by |; `layout`: how heads lie in them (LAYOUTS);
-    `path`: a regex that the path must match where other models use the same names otherwise."""
+    """One naming: `names` of q k v o, of qkv o or of q kv o, alternatives for o separated by |; `layout`: how heads lie in them (LAYOUTS).
+
+    path, when(config, path, shapes): what must hold where other models use the same names otherwise.
+    """
     names: str
     layout: str
     families: str
     path: str = ""
+    when: Callable = lambda config, path, shapes: True
+
+
+def is_codegen(config, path, shapes):
+    return config.get("model_type") == "codegen" or "model_type" not in config and f"{path.removesuffix('attn')}mlp.fc_in.weight" in shapes
+
+
+def is_bigcode_without_multi_query(config, path, shapes):
+    return config.get("model_type") == "gpt_bigcode" and not config.get("multi_query", True)
 
 
 # The first row whose names are all there takes a module. Where the rotary comes or whether there are biases does not matter here.
 SCHEMES = [
     Scheme("q_attn.weight c_attn.weight c_proj.weight", "conv", "GPT-2's cross-attention"),
+    Scheme("c_attn.weight c_proj.weight", "grouped", "GPT-BigCode without multi_query", when=is_bigcode_without_multi_query),
     Scheme("c_attn.weight c_proj.weight", "conv", "ours, nanoGPT, GPT-2 (Conv1D), GPT-BigCode, Qwen 1"),
     Scheme("q_proj.weight k_proj.weight v_proj.weight o_proj.weight|out_proj.weight|dense.weight|proj.weight|c_proj.weight|projection.weight",
            "separate", "Llama, Mistral, Qwen, Gemma, OLMo, Phi, GPT-J, GPT-Neo, OPT, BART, Whisper, CLIP, ..."),
     Scheme("c_q.weight c_k.weight c_v.weight c_proj.weight", "separate", "nanochat, modded-nanogpt"),
-    Scheme("qkv_proj.weight out_proj.weight", "codegen", "CodeGen", path=r"(^|\.)h\.\d+\.attn$"),
+    Scheme("qkv_proj.weight out_proj.weight", "codegen", "CodeGen", path=r"(^|\.)h\.\d+\.attn$", when=is_codegen),
     Scheme("qkv_proj.weight o_proj.weight|out_proj.weight|proj.weight", "fused", "Phi-3"),
     Scheme("query_key_value.weight dense.weight", "fused", "ChatGLM", path=r"transformer\.encoder\.layers\.\d+\.self_attention$"),
     Scheme("query_key_value.weight dense.weight", "grouped", "GPT-NeoX, Pythia, Bloom, Falcon, Persimmon"),
@@ -93,9 +106,10 @@ class Module(NamedTuple):
     scheme: Scheme
 
 
-def find_attention(shapes, pattern="", layout="separate"):
+def find_attention(shapes, pattern="", layout="separate", config=None):
     """The attention modules among tensors of these names and shapes, {name: shape}, as a list of Module, in order.
 
+    config: the model's config.json, where there is one: some models tell apart by it what their names do not.
     pattern: the ends of the names of q, k, v, o (or qkv, o), separated by commas, for a naming that SCHEMES lacks; with its layout.
     Raises ValueError where there is none or one is incomplete, naming what was looked for.
     """
@@ -112,7 +126,7 @@ def find_attention(shapes, pattern="", layout="separate"):
         start = re.compile(r"(?:(.*)\.)?" + re.escape(first[0]).replace(r"\{head\}", "0"))
         for name in shapes:
             match = start.fullmatch(name)
-            if not match or name in taken or not re.search(scheme.path, match[1] or ""):
+            if not match or name in taken or not re.search(scheme.path, match[1] or "") or not scheme.when(config or {}, match[1] or "", shapes):
                 continue
             path, names = match[1] or "", []
             for tails in [first, *rest]:
@@ -125,11 +139,24 @@ def find_attention(shapes, pattern="", layout="separate"):
                 modules[path] = (scheme, tuple(names))
                 taken.update(x for entry in names for x in ([entry] if isinstance(entry, str) else entry))
     found = in_order(modules)
+    adapter = next((name for name in shapes if re.search(r"\.(lora_\w+|base_layer|modules_to_save)(\.|$)", name) or re.search(
+        r"\.(parametrizations\..*|weight_[gv])$", name) and any(name.startswith(module.path + ".") for module in found)), None)
+    if adapter:
+        raise ValueError(f"{adapter} changes what {adapter.split('.lora_')[0].split('.base_layer')[0]} is: merge the adapter into the weights first")
     broken = [name for name in incomplete if name not in taken]
     templates = {re.sub(NUMBER, "#", module.path) for module in found}
     for name in broken:  # a layer like those found, but for what it lacks; or all there is
         if not found or any(re.sub(NUMBER, "#", name).startswith(template + ".") for template in templates):
             raise ValueError(f"attention with {name} lacks {incomplete[name]}")
+    for module in found:
+        for name in module.names:
+            shape = shapes[name if isinstance(name, str) else name[0]]
+            if len(shape) != (3 if module.scheme.layout == "lens" else 2) or 0 in shape:
+                raise ValueError(f"{name} has shape {tuple(shape)}: no weight of attention heads (a placeholder of a sharded checkpoint?)")
+        if module.scheme.names.startswith("qkv.weight") and not pattern and (
+                f"{module.path}.attention_biases" in shapes or re.search(r"attn_(block|grid)", module.path)):
+            raise ValueError(f"{module.path}: TinyViT, LeViT and MaxViT order queries, keys and values in qkv each in a way of their own; "
+                             "give --pattern=qkv.weight,proj.weight and --layout")
     if not found:
         looked_for = sorted({scheme.names.split()[0].removesuffix(".weight") for scheme in schemes})
         alike = [f"layers.0.attention.{tail}" for tail in (("q_proj.weight", "query.weight", "qkv.weight") if not pattern else looked_for)]
@@ -139,9 +166,30 @@ def find_attention(shapes, pattern="", layout="separate"):
     return found
 
 
+def left_out(modules, shapes):
+    """Remarks on what looks like attention but is in none of the modules, and on layers that are missing in a stack; a list of lines."""
+    known = {x for module in modules for entry in module.names for x in ([entry] if isinstance(entry, str) else entry)}
+    paths = tuple(f"{module.path}." for module in modules if not is_block(module))
+    others = [name for name, shape in shapes.items() if name not in known and len(shape) == 2 and re.search(r"attn|attention", name, re.I)
+              and re.search(r"(weight|W_\w)$", name) and not re.search(r"norm|emb|bias_table|relative", name, re.I) and not name.startswith(paths)]
+    remarks = [f"left out: {len(others)} tensors that look like attention, such as {others[0]} {tuple(shapes[others[0]])}"] if others else []
+    for stack in dict.fromkeys(module.stack for module in modules):
+        layers = {module.layer for module in modules if module.stack == stack}
+        missing = sorted(set(range(max(layers))) - layers)
+        if missing:
+            remarks.append(f"{stack} layers {', '.join(map(str, missing[:12]))}{' ...' if len(missing) > 12 else ''}: no attention known".strip())
+    return remarks
+
+
+def is_block(module):
+    """Whether the attention's tensors stand in the block itself, beside those of the MLP, not in a module of their own."""
+    return re.fullmatch(re.escape(module.block) + r"\d+", module.path) is not None
+
+
 NUMBER = r"(?<![^._])\d+(?![^.])"  # a number that is a whole part of a path: layers.3, encoder_layer_3; not attn1
-WORDS = {"encoder": "encoder", "decoder": "decoder", "text": "text", "language": "text", "llm": "text", "vision": "vision", "visual": "vision",
-         "image": "vision", "audio": "audio", "speech": "audio"}
+WORDS = {"perceiver": "perceiver", "resampler": "perceiver", "qformer": "qformer", "predictor": "predictor", "memory": "memory", "vpm": "vision",
+         "video": "video", "encoder": "encoder", "decoder": "decoder", "text": "text", "language": "text", "llm": "text", "vision": "vision",
+         "visual": "vision", "image": "vision", "audio": "audio", "speech": "audio"}
 
 
 def join(path, tail):
@@ -159,7 +207,7 @@ def names_of(path, tail, shapes):
 
 
 def kind_of(path):
-    """encoder, decoder, text, vision or audio by the first word in a path that says so, else an empty string."""
+    """encoder, decoder, text, vision, audio ... by the first word in a path that says so, else an empty string."""
     return next((kind for part in path.split(".") for word, kind in WORDS.items() if part.startswith(word)), "")
 
 
@@ -200,27 +248,38 @@ TIMM_HEADS = {("tiny", 192): 3, ("small", 384): 6, ("base", 768): 12, ("large", 
               ("gigantic", 1664): 16, ("so400m", 1152): 16, ("medium", 512): 8, ("little", 320): 5}  # (size, width): heads, timm 1.0.31
 
 
-def heads_in_config(config, module):
-    """Heads of a module by a model's config (a dict, its sub-configs included), 0 or less where it does not say."""
-    if "num_attention_heads_per_stage" in config:  # SAM 2: its one number is the first stage's
-        return -1
+WIDTH_KEYS = ("true_hidden_size", "hidden_size", "d_model", "n_embd", "emb_dim", "dim")
+
+
+def heads_in_config(config, module, widths):
+    """Heads of a module by a model's config (a dict, its sub-configs included), 0 or less where it does not say.
+
+    Of several sub-configs a module's own is the one of its kind (text, vision ...); and none whose width is not among `widths`,
+    those of the module's input and output.
+    """
     kind = kind_of(module.path)
     inner = {key: value for key, value in config.items() if isinstance(key, str) and isinstance(value, dict)}
     own = [value for key, value in inner.items() if kind and kind_of(key) == kind]
-    rest = [value for key, value in inner.items() if kind_of(key) in (("", "text") if kind != "text" else ("",))]
+    rest = [value for key, value in inner.items() if kind_of(key) in ("", *["text"] * (kind in ("", "encoder", "decoder")))]
+    if kind not in ("", "text", "encoder", "decoder") and any(re.search("config", key) for key in inner):
+        rest, config = [], {}  # a part of a composite: another part's heads are not its heads
+    if "num_attention_heads_per_stage" in config:  # SAM 2: its one number is the first stage's
+        return -1
+    width = next((config[key] for key in WIDTH_KEYS if type(config.get(key)) is int), None)
+    two_sided = kind in ("encoder", "decoder") or module.stack == "cross"
     side = "decoder" if kind == "decoder" or module.stack == "cross" else "encoder"
-    for source in (*own, None, *rest):
-        if source is not None:
-            value = heads_in_config(source, module)
-        else:
-            two_sided = kind in ("encoder", "decoder") or module.stack == "cross"
-            sided = [f"{side}_attention_heads", f"{side}_num_attention_heads", f"num_{side}_attention_heads"] * two_sided
-            value = next((config[key] for key in (*sided, *HEAD_KEYS) if key in config), 0)
-        if isinstance(value, (list, tuple)):  # one a layer, or one a stage
-            value = value[module.numbers[0]] if module.numbers and module.numbers[0] < len(value) else 0
-        if type(value) is int and value != 0:
-            return value
-    return 0
+    sided = [f"{side}_attention_heads", f"{side}_num_attention_heads", f"num_{side}_attention_heads"] * two_sided
+    value = next((config[key] for key in (*sided, *HEAD_KEYS) if key in config), 0)
+    if isinstance(value, (list, tuple)):  # one a layer, or one a stage
+        value = value[module.numbers[0]] if module.numbers and module.numbers[0] < len(value) else 0
+    elif width not in (None, *widths):
+        value = 0
+    value = value if type(value) is int else 0
+    for source in own:
+        value = heads_in_config(source, module, widths) or value
+    for source in rest:
+        value = value or heads_in_config(source, module, widths)
+    return value
 
 
 def heads_in_shapes(module, shapes):
@@ -229,7 +288,7 @@ def heads_in_shapes(module, shapes):
         return shapes[module.names[0]][0]
     if not isinstance(module.names[0], str):
         return len(module.names[0])
-    for tail in ("relative_position_bias_table", "self.relative_position_bias_table"):  # Swin: (positions, H)
+    for tail in ("relative_position_bias_table", "self.relative_position_bias_table", "relative_position_bias.relative_position_bias_table"):
         if join(module.path, tail) in shapes:
             return shapes[join(module.path, tail)][1]
     side = re.split(NUMBER, module.path)[0]
@@ -244,7 +303,7 @@ def heads_in_shapes(module, shapes):
 
 
 def heads_of(module, shapes, configs=(), n_head=0, n_kv_head=0, d_head=0):
-    """(heads, where that is from) of a module. Order: the caller's n_head, d_head or n_kv_head; configs, {source: dict}; shapes.
+    """(heads, where that is from) of a module: by configs, {source: dict}, by shapes, else by the caller's n_head, d_head or n_kv_head.
 
     Raises ValueError where nothing says how many, or config and shapes contradict each other.
     """
@@ -254,25 +313,29 @@ def heads_of(module, shapes, configs=(), n_head=0, n_kv_head=0, d_head=0):
         if n_head not in (0, by_shape):
             raise ValueError(f"--n_head={n_head}: {module.path} has {by_shape}")
         return by_shape, "tensor shapes"
-    if n_head:
-        return n_head, "--n_head"
-    if d_head:
-        width = shapes[module.names[-1]][0 if module.scheme.layout == "conv" and shapes[q][0] < shapes[q][1] else 1]
-        if width % d_head:
-            raise ValueError(f"--d_head={d_head} does not divide the {width} inputs of {module.names[-1]}")
-        return width // d_head, "--d_head"
+    conv = module.scheme.layout == "conv" and shapes[q][0] < shapes[q][1]
+    out = shapes[module.names[-1]][::-1] if conv else shapes[module.names[-1]]  # of o: output, input
+    widths = {out[0], shapes[q][0 if conv else 1]}
     for source, config in dict(configs).items():
+        if config.get("pruned_heads"):
+            raise ValueError(f"{source} has pruned_heads: which heads are left of {q} is not known; save the model unpruned")
         size = re.match(TIMM, str(config.get("architecture", "")))
-        by_config = heads_in_config(config, module) or TIMM_HEADS.get((size and size[1], shapes[module.names[-1]][0]), 0)
+        by_config = heads_in_config(config, module, widths) or TIMM_HEADS.get((size and size[1], out[0]), 0)
         if by_config > 0:
             if by_shape and by_shape != by_config:
-                raise ValueError(f"{source} says {by_config} heads, the shapes beside {q} say {by_shape}; give --n_head")
+                raise ValueError(f"{source} says {by_config} heads, the shapes beside {q} say {by_shape}")
             return by_config, source
     if by_shape:
         return by_shape, "tensor shapes"
+    if n_head:
+        return n_head, "--n_head"
+    if d_head:
+        if out[1] % d_head:
+            raise ValueError(f"--d_head={d_head} does not divide the {out[1]} inputs of {module.names[-1]}")
+        return out[1] // d_head, "--d_head"
     if n_kv_head and module.scheme.layout == "separate" and shapes[k][0] % n_kv_head == 0:
         return shapes[q][0] // (shapes[k][0] // n_kv_head), "--n_kv_head"
-    raise ValueError(f"nothing says how many heads {q} {tuple(shapes[q])} holds (no config.json, arguments or telling shapes); "
+    raise ValueError(f"nothing says how many heads {q} {tuple(shapes[q])} holds (no config of its own, arguments or telling shapes); "
                      "give --n_head or --d_head")
 
 
@@ -295,6 +358,8 @@ def split_heads(module, tensors, n_head, n_kv_head=0):
     if not fits:
         raise ValueError(f"{module.names[0]}: shapes {shapes} do not divide into {n_head} heads (as {module.scheme.layout}: "
                          f"{LAYOUTS[module.scheme.layout]})")
+    if module.scheme.names.startswith("qkv.weight") and n < n_head and not n_kv_head:
+        raise ValueError(f"{module.names[0]}: shapes {shapes} are not three times {o.shape[1]}; if queries share keys, give --n_kv_head={n}")
     if n_kv_head and n != n_kv_head:
         raise ValueError(f"{module.names[0]}: shapes {shapes} have {n} key/value heads of {n_head}, not {n_kv_head}")
     W_Q = q.view(n_head, r, -1)
@@ -348,5 +413,5 @@ def attention_layers(tensors, n_head=0, configs=()):
     n_head: heads per layer, where neither configs, {source: dict}, nor the shapes say. Raises ValueError where no scheme matches.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for module in find_attention(shapes):
+    for module in find_attention(shapes, config=next(iter(dict(configs).values()), None)):
         yield split_heads(module, tensors, heads_of(module, shapes, configs, n_head)[0])

@@ -25,7 +25,7 @@ import numpy as np
 from checkpoints import run_of
 from common import input_errors
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]  # Okabe & Ito, colour-blind safe
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe & Ito, colour-blind safe; 7 and 8 markers: 56 pairs
 MARKERS = "osD^vPX*"
 PRODUCTS = {"qk": r"$W_K^\top W_Q$", "ov": r"$P\,W_V$"}
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "legend.frameon": False,
@@ -138,21 +138,22 @@ def spectra(path):
     runs = dict(list(by_run(rows).items())[:MOST_RUNS])
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(len(runs), 2, figsize=(7.6, 2.6 * len(runs) + 0.2), sharey=True, squeeze=False)
-        for (name, run), line in zip(runs.items(), axes):
+        for (name, run), panels in zip(runs.items(), axes):
             layers = list(dict.fromkeys(map(layer_of, run)))
             colours = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(layers)))
-            for ax, (product, symbol) in zip(line, PRODUCTS.items()):
+            for ax, (product, symbol) in zip(panels, PRODUCTS.items()):
                 for colour, layer in zip(colours, layers):
                     s = np.array([[float(row[f"s{i}"]) for i in range(1, int(row["d_head"]) + 1)] for row in run
                                   if row["product"] == product and layer_of(row) == layer])
                     if s.size and s.max() > 0:
                         s = s[s[:, 0] > 0]
-                        ax.semilogy(range(1, s.shape[1] + 1), np.median(s / s[:, :1], axis=0).clip(1e-16), color=colour, linewidth=1)
+                        line = np.median(s / s[:, :1], axis=0)
+                        ax.semilogy(range(1, len(line) + 1), np.where(line > 1e-13, line, np.nan), color=colour, linewidth=1)  # zeros left out
                 ax.set_title(f"{symbol}, {name}")
                 ax.set_xlabel("index $i$")
-            line[0].set_ylabel(r"$s_i / s_1$, median over heads")
+            panels[0].set_ylabel(r"$s_i / s_1$, median over heads")
             scale = plt.cm.ScalarMappable(matplotlib.colors.Normalize(-0.5, len(layers) - 0.5), matplotlib.colors.ListedColormap(colours))
-            label_layers(fig.colorbar(scale, ax=line, label="layer").ax.yaxis, layers)
+            label_layers(fig.colorbar(scale, ax=panels, label="layer").ax.yaxis, layers)
         low = min(ax.get_ylim()[0] for ax in axes.flat)
         axes[0, 0].set_ylim(max(low, 1e-8), 1.5)
         return write(fig, os.path.dirname(path), "spectra")
@@ -178,6 +179,7 @@ def norms(path):
                     left.plot(curve, a * np.sqrt(curve) + b, color="0.4", linestyle="--", linewidth=0.7,
                               label=r"$a\sqrt{t} + b$" if i == len(groups) - 1 else None)
                 right.plot(t, cosine, color=COLOURS[i], marker=MARKERS[i], markersize=3, linewidth=0.8)
+            right.ticklabel_format(axis="y", useOffset=False)
             blocks = {row["group"] for row in run} - set(groups)
             for group in blocks:
                 t, cosine = np.array([(int(row["step"]), float(row["cos_prev"] or "nan")) for row in run if row["group"] == group]).T
@@ -386,8 +388,13 @@ def by_run(rows):
     runs = {}
     for row in rows:
         runs.setdefault(run_of(row["checkpoint"]), []).append(row)
-    short = [os.path.basename(name) for name in runs]
-    return {name if short.count(os.path.basename(name)) > 1 else os.path.basename(name): run for name, run in runs.items()}
+    names = [os.path.basename(name) for name in runs]
+    names = list(runs) if len(set(names)) < len(names) else names
+    start, end = os.path.commonprefix(names), os.path.commonprefix([name[::-1] for name in names])[::-1]
+    if len(names) > 1 and max(map(len, names)) > 24:  # what they share tells nothing
+        names = [f"...{name[len(start):len(name) - len(end)]}" for name in names]
+        names = list(runs) if len(set(names)) < len(names) else names
+    return dict(zip(names, runs.values()))
 
 
 def last_of(run):
@@ -415,7 +422,9 @@ def identity(ax, values, label):
 
 
 def legend(fig, ax, columns):
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=min(4, columns))
+    lines, labels = ax.get_legend_handles_labels()
+    fit = int(fig.get_figwidth() * 12 / (6 + max(map(len, labels))))  # some 12 letters an inch
+    fig.legend(lines, labels, loc="outside upper center", ncols=max(1, min(6, columns, fit)))
 
 
 def write(fig, folder, name):

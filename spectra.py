@@ -146,9 +146,11 @@ def gaussian_nuclear(d_A, d_B, r):
     """Nuclear norm of A B^T for Gaussian A (d_A, r), B (d_B, r) scaled to |A|_F = |B|_F = 1, mean of 16 draws with a seed of their own.
 
     What no training gives: a random head has nuclear = norm_A * norm_B * this, and where the norms are equal gap = 1 - this.
-    R of A = Q R is drawn in A's place: R_ii^2 ~ chi^2(d_A - i), i from 0, and N(0, 1) right of it (Bartlett 1933).
+    Above 512 columns the ratios of d_A, d_B and r tell enough: it is drawn smaller. R of A = Q R is drawn in A's place: R_ii^2 ~
+    chi^2(d_A - i), i from 0, and N(0, 1) right of it (Bartlett 1933).
     """
-    rng, draws = np.random.default_rng(0), 16
+    rng, draws, smaller = np.random.default_rng(0), 16, max(1.0, r / 512)
+    d_A, d_B, r = (max(1, round(x / smaller)) for x in (d_A, d_B, r))
 
     def root(d):
         i = np.arange(min(d, r))

@@ -153,6 +153,33 @@ def test_norms_of_other_families(tmp_path, run):
     assert not (tmp_path / "other" / "norms.csv").exists() and (tmp_path / "other" / "heads.csv").exists()
 
 
+def test_norms_where_attention_has_no_module_of_its_own(tmp_path, run):
+    """OLMo 1 of AI2 (q, k, v, o beside the MLP in a block) and XLM (attentions.0, ffns.0): the MLP is not attention, nor an embedding."""
+    olmo = {f"transformer.blocks.{i}.{name}.weight": torch.randn(shape) for i in (0, 1)
+            for name, shape in (("att_proj", (24, 8)), ("attn_out", (8, 8)), ("ff_proj", (32, 8)), ("ff_out", (8, 16)))}
+    xlm = {f"{name}.{i}.{part}.weight": torch.randn(8, 8) for i in (0, 1) for name, parts in
+           (("attentions", ("q_lin", "k_lin", "v_lin", "out_lin")), ("ffns", ("lin1", "lin2"))) for part in parts}
+    for state, attn, mlp in ((olmo, 2 * 8 * 32, 2 * 8 * 48), (xlm, 2 * 4 * 64, 2 * 2 * 64)):
+        torch.save({**state, "wte.weight": torch.ones(5, 8)}, tmp_path / "a.pt")
+        _, norms = run(tmp_path / "a.pt", n_head=2, figure=False)
+        sizes = {r["group"]: int(r["parameters"]) for r in norms}
+        assert (sizes["attn"], sizes["mlp"], sizes["embed"], sizes["layer_1"]) == (attn, mlp, 40, (attn + mlp) // 2)
+
+
+def test_cosines_are_over_what_two_checkpoints_share(tmp_path, run, capsys):
+    """A vocabulary that grew changes no direction of the rest; NaN in a tensor is refused by name."""
+    (tmp_path / "run").mkdir()
+    state = {"h.0.attn.c_attn.weight": torch.randn(24, 8), "h.0.attn.c_proj.weight": torch.randn(8, 8)}
+    for step, vocab in ((1, 5), (2, 9)):
+        torch.save({**state, "wte.weight": torch.randn(vocab, 8)}, tmp_path / "run" / f"step_{step}.pt")
+    _, norms = run(tmp_path / "run", n_head=2, figure=False)
+    assert float(next(r for r in norms if r["step"] == "2" and r["group"] == "all")["cos_prev"]) == pytest.approx(1)
+    torch.save({**state, "wte.weight": torch.full((5, 8), math.nan)}, tmp_path / "nan.pt")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "nan.pt", n_head=2)
+    assert "wte.weight holds NaN or inf" in capsys.readouterr().err
+
+
 def test_growth_is_fitted(tmp_path, run, capsys):
     """A run whose norm grows as 3 + 2 sqrt(t), exactly: the fit says so; and its figure is drawn."""
     folder, base = tmp_path / "run", save(tmp_path / "base.pt")
@@ -211,6 +238,22 @@ def test_compare_two_runs(tmp_path, run, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path / "one", compare=True, figure=False)
     assert "--compare takes two" in capsys.readouterr().err
+    save(tmp_path / "one" / "step_0000002.pt", seed=4, step=2)
+    run(tmp_path / "one" / "step_0000002.pt", tmp_path / "one" / "ckpt.pt", compare=True, figure=False)  # two of one run
+    assert "A = " in capsys.readouterr().out
+    torch.save({"h.0.attn.c_attn.weight": torch.ones(24, 8), "h.0.attn.c_proj.weight": torch.ones(8, 8)}, tmp_path / "other.pt")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "one" / "ckpt.pt", tmp_path / "other.pt", compare=True, figure=False, n_head=2)
+
+
+@pytest.mark.parametrize("settings, words", [({"n_head": -1}, "--n_head=-1"), ({"layers": "99"}, "--layers=99"), ({"layers": "a"}, "--layers=a"),
+                                             ({"n_head": 5}, "told by its model_args already"), ({"pattern": "x"}, "--pattern=x")])
+def test_settings_that_make_no_sense(tmp_path, run, capsys, settings, words):
+    save(tmp_path / "a.pt")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "a.pt", **settings)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and words in error and "\n" not in error
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from checkpoints import Checkpoint, expand, open_all, run_of
-from families import attention_layers, find_attention
+from families import attention_layers, find_attention, left_out
 from model import GPT, init_weights
 
 ARGS = {"vocab_size": 64, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 16, "dropout": 0.0, "bias": True}
@@ -168,11 +168,69 @@ def test_heads_come_from_somewhere_and_are_never_guessed(tmp_path):
     (tmp_path / "config.json").write_text('{"text_config": {"num_attention_heads": 4}, "vision_config": {"num_attention_heads": 8}}')
     assert_same(heads(tmp_path), want)
     assert Checkpoint(str(tmp_path)).heads_of(Checkpoint(str(tmp_path)).modules()[0]) == (4, "config.json")
-    assert Checkpoint(str(tmp_path), n_head=2).heads_of(Checkpoint(str(tmp_path)).modules()[0]) == (2, "--n_head")
+    assert Checkpoint(str(tmp_path), n_head=2).heads_of(Checkpoint(str(tmp_path)).modules()[0]) == (4, "config.json")  # a flag fills gaps
     state = {**llama(), **{f"model.layers.{i}.self_attn.q_norm.weight": torch.ones(6) for i in (0, 1)}}
     assert_same(list(attention_layers(state)), want)              # a norm of each head tells its width
     with pytest.raises(ValueError, match="config says 2 heads, the shapes beside .* say 4"):
         list(attention_layers(state, configs={"config": {"num_attention_heads": 2}}))
+
+
+def test_another_parts_heads_are_not_taken(tmp_path):
+    """Composite models: a part whose own config is missing, silent, or of another width is refused; the flag fills what is left open."""
+    vision = {name.replace("model.", "vision_tower.vision_model.encoder."): p for name, p in llama(H=2, n=2, r=6, d=12).items()}
+    save_file({**{name.replace("model.", "language_model.model."): p for name, p in llama().items()}, **vision}, tmp_path / "model.safetensors")
+    for config, words in (({"text_config": {"num_attention_heads": 4}}, "vision_tower"),
+                          ({"num_attention_heads": 4, "hidden_size": 24}, "vision_tower"),
+                          ({"text_config": {"hidden_size": 24}, "vision_config": {"num_attention_heads": 2, "hidden_size": 12}}, "language_model")):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        refused(tmp_path, "nothing says how many heads", words)
+    got = heads(tmp_path, n_head=4)  # LLaVA 1.5 says the vision tower's alone
+    assert {(x.stack, len(x.W_Q)) for x in got} == {("text", 4), ("vision", 2)}
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4, "pruned_heads": {"1": [0]}}')
+    refused(tmp_path, "pruned_heads")
+
+
+def test_names_that_two_models_share_are_told_apart_or_refused():
+    """qkv_proj and out_proj in h.N.attn: CodeGen's order only where it is CodeGen; timm's qkv in other orders than timm's ViT is refused."""
+    torch.manual_seed(0)
+    x, qkv, out = torch.randn(5, 16), torch.randn(48, 16), torch.randn(16, 16)
+    hand = {"h.0.attn.qkv_proj.weight": qkv, "h.0.attn.out_proj.weight": out}
+    (layer,) = attention_layers(hand, 4)
+    scores, values = reference(x, *(x @ qkv.T).chunk(3, -1), 4)
+    assert_heads(layer, x, scores, values, lambda values: merge(values) @ out.T)
+    (codegen,) = attention_layers({**hand, "h.0.mlp.fc_in.weight": torch.ones(64, 16)}, 4)
+    assert not torch.equal(codegen.W_Q, layer.W_Q)
+    timm = {"blocks.0.attn.qkv.weight": qkv, "blocks.0.attn.proj.weight": out}
+    for state, words in (({**timm, "blocks.0.attn.attention_biases": torch.ones(4, 9)}, "TinyViT"),
+                         ({name.replace("attn.", "attn_grid.attn."): p for name, p in timm.items()}, "MaxViT"),
+                         ({**timm, "blocks.0.attn.qkv.weight": qkv[:32]}, "--n_kv_head=2")):
+        with pytest.raises(ValueError, match=words):
+            list(attention_layers(state, 4))
+
+
+def test_what_would_be_measured_wrongly_is_refused():
+    state = llama()
+    for more, words in (({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 24)}, "merge the adapter"),
+                        ({"model.layers.2.self_attn.q_proj.base_layer.weight": torch.ones(24, 24)}, "merge the adapter"),
+                        ({"model.layers.1.self_attn.q_proj.weight": torch.ones(0)}, "placeholder")):
+        with pytest.raises(ValueError, match=words):
+            list(attention_layers({**state, **more}, 4))
+    shapes = {name: tuple(p.shape) for name, p in {**llama(layers=3), "model.layers.1.mla_attn.kv_b.weight": torch.ones(8, 8)}.items()
+              if "layers.1.self_attn" not in name}
+    remarks = left_out(find_attention(shapes), shapes)
+    assert len(remarks) == 2 and "model.layers.1.mla_attn.kv_b.weight (8, 8)" in remarks[0] and "layers 1: no attention" in remarks[1]
+
+
+def test_two_names_for_one_tensor_are_refused(tmp_path):
+    torch.save({**llama(), **{f"module.{name}": p for name, p in llama().items()}}, tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", "holds both model.layers", "module.model.layers", n_head=4)
+
+
+def test_buffers_are_no_parameters(tmp_path):
+    buffers = {"model.layers.0.attn_mask": torch.ones(4, 9, 9), "model.rotary_sin": torch.ones(9, 4), "model.scalar": torch.ones(()),
+               "model.layers.0.self_attn.inv_freq": torch.ones(3)}
+    torch.save({**llama(), **buffers}, tmp_path / "a.pt")
+    assert set(Checkpoint(str(tmp_path / "a.pt"), n_head=4).parameters()) == set(llama())
 
 
 def test_heads_of_t5_and_swin_stand_in_their_shapes():
@@ -329,6 +387,10 @@ def test_folders_of_steps_are_runs_in_order(tmp_path):
         (tmp_path / "pythia" / name).mkdir(parents=True)
         save_file(llama(), tmp_path / "pythia" / name / "model.safetensors")
     assert [x.step for x in open_all([str(tmp_path / "pythia")])] == [0, 2, 16]
+    (tmp_path / "epochs").mkdir()
+    for epoch in (1, 2, 10):  # in order of the name, whatever stands inside
+        torch.save({"model": llama(), "step": 100 - epoch}, tmp_path / "epochs" / f"epoch_{epoch}.pt")
+    assert [x.step for x in open_all([str(tmp_path / "epochs")])] == [1, 2, 10]
     (tmp_path / "files").mkdir()
     for name in ("a_step7.pt", "a_step70.pt", "b-step=8.ckpt", "global_step3.bin"):
         torch.save(llama(), tmp_path / "files" / name)
@@ -368,8 +430,11 @@ def test_a_hub_id_fetches_only_what_is_needed(tmp_path, monkeypatch):
     assert {name for _, name, _ in fetched} == {"config.json", "model.safetensors"} and fetched[0][::2] == ("org/model", "step5")
     assert expand(["org/model@step5", "org/model@step1"]) == ["org/model@step1", "org/model@step5"]
 
+    class OfItsOwnKind(Exception):
+        pass
+
     def unreachable(self, **at):
-        raise ConnectionError("Name or service not known")
+        raise OfItsOwnKind("Name or service not known")
 
     monkeypatch.setattr(hub.HfApi, "list_repo_files", unreachable)
     refused("org/model", "no such file or folder here", "Name or service not known")

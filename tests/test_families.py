@@ -24,7 +24,8 @@ CLIP = {"text_config": SMALL, "vision_config": {**IMAGE, "hidden_size": 32, "num
 MODELS = {  # name: (config class, settings, shape of one head's W_Q, stacks)
     "GPT-2": ("GPT2", N, (12, 48)),
     "GPT-2 with cross-attention": ("GPT2", {**N, "add_cross_attention": True}, (12, 48), "decoder cross"),
-    "GPT-BigCode": ("GPTBigCode", N, (12, 48)), "OpenAI GPT": ("OpenAIGPT", N, (12, 48)),
+    "GPT-BigCode": ("GPTBigCode", N, (12, 48)), "GPT-BigCode, a key a head": ("GPTBigCode", {**N, "multi_query": False}, (12, 48)),
+    "OpenAI GPT": ("OpenAIGPT", N, (12, 48)),
     "CodeGen": ("CodeGen", {**N, "rotary_dim": 4}, (12, 48)),
     "GPT-J": ("GPTJ", {**N, "rotary_dim": 4}, (12, 48)), "GPT-NeoX": ("GPTNeoX", SMALL, (12, 48)),
     "GPT-Neo": ("GPTNeo", {**SMALL, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}, (12, 48)),
@@ -111,7 +112,8 @@ def test_heads_are_the_models_own(name, tmp_path, monkeypatch):
     assert list(dict.fromkeys(layer.stack for layer in layers)) == stacks
     assert tuple(layers[0].W_Q.shape[1:]) == MODELS[name][2]
 
-    inside = find_attention({key: tuple(p.shape) for key, p in model.state_dict().items()})  # names in memory, as they may differ from those saved
+    shapes = {key: tuple(p.shape) for key, p in model.state_dict().items()}
+    inside = find_attention(shapes, config=model.config.to_dict())  # names in memory, as they may differ from those saved
     tensors = {}
     parts = dict(model.named_modules())
     for module in inside:
