@@ -32,7 +32,7 @@ def run(monkeypatch, tmp_path):
     """run(paths, ...): analyze.main in this process; returns the rows of heads.csv and norms.csv."""
     def go(*paths, **settings):
         with monkeypatch.context() as patch:
-            for name, value in {"out_dir": str(tmp_path / "out"), "device": "cpu", **settings}.items():
+            for name, value in {"out_dir": str(tmp_path / "out"), "device": "cpu", "figure": False, **settings}.items():
                 patch.setattr(analyze, name, value)
             analyze.main([str(path) for path in paths])
         return [list(csv.DictReader(open(tmp_path / "out" / name))) for name in ("heads.csv", "norms.csv")]
@@ -111,7 +111,7 @@ def test_runs_side_by_side(tmp_path, run, capsys):
         (tmp_path / name).mkdir()
         save(tmp_path / name / "ckpt.pt", seed=seed, step=5)
         (tmp_path / name / "result.json").write_text('{"attn_wd": 1, "test_ppl": 6.25, "steps": 5}')
-    run(tmp_path / "one", tmp_path / "two")
+    run(tmp_path / "one", tmp_path / "two", figure=True)
     out = capsys.readouterr().out
     assert "side by side" in out and "attn_wd" in out and "6.25" in out and "heads.png" in out
     save(tmp_path / "one" / "step_0000003.pt", seed=3, step=3)
@@ -141,7 +141,7 @@ def test_norms_of_other_families(tmp_path, run):
     config = transformers.T5Config(d_model=24, num_layers=2, num_heads=2, d_kv=8, d_ff=32, vocab_size=50)
     model = transformers.T5Model(config)
     model.save_pretrained(tmp_path / "t5")
-    _, norms = run(tmp_path / "t5", figure=False)
+    _, norms = run(tmp_path / "t5")
     rows = {r["group"]: r for r in norms}
     assert set(rows) == {"all", "attn", "mlp", "embed", *(f"{side}_layer_{i}" for side in ("encoder", "decoder") for i in (0, 1))}
     own = {name: p.detach().double() for name, p in model.named_parameters()}
@@ -149,7 +149,7 @@ def test_norms_of_other_families(tmp_path, run):
         mine = [p for name, p in own.items() if part in name and (group in ("all", "decoder_layer_1") or "layer_norm" not in name)]
         assert int(rows[group]["parameters"]) == sum(p.numel() for p in mine), group
         assert float(rows[group]["norm"]) == pytest.approx(math.sqrt(sum(float(p.square().sum()) for p in mine)))
-    heads, norms = run(tmp_path / "t5", figure=False, norms=False, out_dir=str(tmp_path / "other"))
+    heads, norms = run(tmp_path / "t5", norms=False, out_dir=str(tmp_path / "other"))
     assert not (tmp_path / "other" / "norms.csv").exists() and (tmp_path / "other" / "heads.csv").exists()
 
 
@@ -161,7 +161,7 @@ def test_norms_where_attention_has_no_module_of_its_own(tmp_path, run):
            (("attentions", ("q_lin", "k_lin", "v_lin", "out_lin")), ("ffns", ("lin1", "lin2"))) for part in parts}
     for state, attn, mlp in ((olmo, 2 * 8 * 32, 2 * 8 * 48), (xlm, 2 * 4 * 64, 2 * 2 * 64)):
         torch.save({**state, "wte.weight": torch.ones(5, 8)}, tmp_path / "a.pt")
-        _, norms = run(tmp_path / "a.pt", n_head=2, figure=False)
+        _, norms = run(tmp_path / "a.pt", n_head=2)
         sizes = {r["group"]: int(r["parameters"]) for r in norms}
         assert (sizes["attn"], sizes["mlp"], sizes["embed"], sizes["layer_1"]) == (attn, mlp, 40, (attn + mlp) // 2)
 
@@ -172,7 +172,7 @@ def test_cosines_are_over_what_two_checkpoints_share(tmp_path, run, capsys):
     state = {"h.0.attn.c_attn.weight": torch.randn(24, 8), "h.0.attn.c_proj.weight": torch.randn(8, 8)}
     for step, vocab in ((1, 5), (2, 9)):
         torch.save({**state, "wte.weight": torch.randn(vocab, 8)}, tmp_path / "run" / f"step_{step}.pt")
-    _, norms = run(tmp_path / "run", n_head=2, figure=False)
+    _, norms = run(tmp_path / "run", n_head=2)
     assert float(next(r for r in norms if r["step"] == "2" and r["group"] == "all")["cos_prev"]) == pytest.approx(1)
     torch.save({**state, "wte.weight": torch.full((5, 8), math.nan)}, tmp_path / "nan.pt")
     with pytest.raises(SystemExit):
@@ -190,7 +190,7 @@ def test_growth_is_fitted(tmp_path, run, capsys):
     for t in (0, 4, 9, 25, 100):
         scaled = {name: p * (3 + 2 * math.sqrt(t)) / size for name, p in state.items()}
         torch.save({"model": scaled, "model_args": ARGS, "iter_num": t}, folder / f"step_{t:07d}.pt")
-    run(folder)
+    run(folder, figure=True)
     fits = {(r["group"], r["function"]): r for r in csv.DictReader(open(tmp_path / "out" / "fits.csv"))}
     best = fits["all", "sqrt(t)"]
     assert list(best) == ["run", "group", "function", "a", "b", "r2", "points"] and best["points"] == "4"  # log t has no t = 0
@@ -201,7 +201,7 @@ def test_growth_is_fitted(tmp_path, run, capsys):
 
 def test_singular_values_are_written(tmp_path, run):
     save(tmp_path / "a.pt")
-    heads, _ = run(tmp_path / "a.pt")
+    heads, _ = run(tmp_path / "a.pt", figure=True)
     spectra = list(csv.DictReader(open(tmp_path / "out" / "spectra.csv")))
     for row, s in zip(heads, spectra, strict=True):
         assert all(row[name] == s[name] for name in ("layer", "head", "product"))
@@ -215,7 +215,7 @@ def test_gaussian_baseline_is_what_random_heads_have(tmp_path, run):
     model = GPT(**{**ARGS, "n_embd": 96, "n_head": 6, "n_layer": 4})
     init_weights(model, 0)
     torch.save({"model": model.state_dict(), "model_args": model.args}, tmp_path / "a.pt")
-    heads, _ = run(tmp_path / "a.pt", figure=False)
+    heads, _ = run(tmp_path / "a.pt")
     for product in ("qk", "ov"):
         gap, gaussian = (sum(float(r[name]) for r in heads if r["product"] == product) / 24 for name in ("gap", "gap_gaussian"))
         assert gap == pytest.approx(gaussian, abs=0.01) and gap > 0.03
@@ -226,7 +226,7 @@ def test_compare_two_runs(tmp_path, run, capsys):
         (tmp_path / name).mkdir()
         save(tmp_path / name / "ckpt.pt", seed=seed, step=5, config={"attn_wd": seed / 2, "mlp_wd": 0.1})
         (tmp_path / name / "result.json").write_text(json.dumps({"test_ppl": 6.0 + seed, "steps": 5}))
-    heads, _ = run(tmp_path / "one", tmp_path / "two", compare=True, figure=False)
+    heads, _ = run(tmp_path / "one", tmp_path / "two", compare=True)
     out = capsys.readouterr().out
     assert "attn_wd: A 0.5, B 1.0" in out and "mlp_wd" not in out and "test_ppl: A 7.0000, B 8.0000, B - A +1.0000" in out
     rows = list(csv.DictReader(open(tmp_path / "out" / "compare.csv")))
@@ -236,20 +236,23 @@ def test_compare_two_runs(tmp_path, run, capsys):
                     and r["product"] == row["product"]) / 3 for run_name in ("one", "two"))
         assert float(row["a"]) == pytest.approx(a) and float(row["difference"]) == pytest.approx(b - a, abs=1e-12)
     with pytest.raises(SystemExit):
-        run(tmp_path / "one", compare=True, figure=False)
+        run(tmp_path / "one", compare=True)
     assert "--compare takes two" in capsys.readouterr().err
     save(tmp_path / "one" / "step_0000002.pt", seed=4, step=2)
-    run(tmp_path / "one" / "step_0000002.pt", tmp_path / "one" / "ckpt.pt", compare=True, figure=False)  # two of one run
+    run(tmp_path / "one" / "step_0000002.pt", tmp_path / "one" / "ckpt.pt", compare=True)  # two of one run
     assert "A = " in capsys.readouterr().out
     torch.save({"h.0.attn.c_attn.weight": torch.ones(24, 8), "h.0.attn.c_proj.weight": torch.ones(8, 8)}, tmp_path / "other.pt")
     with pytest.raises(SystemExit):
-        run(tmp_path / "one" / "ckpt.pt", tmp_path / "other.pt", compare=True, figure=False, n_head=2)
+        run(tmp_path / "one" / "ckpt.pt", tmp_path / "other.pt", compare=True, n_head=2)
 
 
-@pytest.mark.parametrize("settings, words", [({"n_head": -1}, "--n_head=-1"), ({"layers": "99"}, "--layers=99"), ({"layers": "a"}, "--layers=a"),
+@pytest.mark.parametrize("settings, words", [({"n_head": -1}, "--n_head=-1"), ({"threshold": 2}, "threshold 2"), ({"layers": "99"}, "--layers=99"), ({"layers": "a"}, "--layers=a"),
                                              ({"n_head": 5}, "told by its model_args already"), ({"pattern": "x"}, "--pattern=x")])
 def test_settings_that_make_no_sense(tmp_path, run, capsys, settings, words):
     save(tmp_path / "a.pt")
+    with pytest.raises(SystemExit):
+        run()
+    assert "which checkpoint? python analyze.py" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "a.pt", **settings)
     error = capsys.readouterr().err.strip()
@@ -270,9 +273,9 @@ def test_truncation(tmp_path, run, bias, capsys):
     torch.save({"model": model.state_dict(), "model_args": args, "iter_num": 3, "config": {"dataset": "text"}}, tmp_path / "a.pt")
     x = torch.arange(12)[None]
     for threshold in (1.0, 0.6):
-        heads, _ = run(tmp_path / "a.pt", truncate=threshold, save=str(tmp_path / f"{threshold}.pt"), threshold=threshold, figure=False)
+        heads, _ = run(tmp_path / "a.pt", truncate=threshold, save=str(tmp_path / f"{threshold}.pt"), threshold=threshold)
         cut = load_gpt(torch.load(tmp_path / f"{threshold}.pt", weights_only=True))
-        after, _ = run(tmp_path / f"{threshold}.pt", figure=False, exact=True, threshold=1.0)
+        after, _ = run(tmp_path / f"{threshold}.pt", exact=True, threshold=1.0)
         for row, new in zip(heads, after, strict=True):
             k = int(row["rank60" if threshold < 1 else "rank100"])
             assert int(new["numerical_rank"]) == min(k, int(row["numerical_rank"]))
@@ -291,14 +294,14 @@ def test_truncation(tmp_path, run, bias, capsys):
                             ({"truncate": 1.5, "save": "x.pt"}, "threshold 1.5"),
                             ({"truncate": 0.9, "save": str(tmp_path / "a.pt")}, "is there already")):
         with pytest.raises(SystemExit):
-            run(tmp_path / "a.pt", figure=False, **settings)
+            run(tmp_path / "a.pt", **settings)
         assert words in capsys.readouterr().err
 
 
 def test_what_train_lm_leaves(train, run, tmp_path, capsys):
     """A run's ckpt.pt with its optimizer and settings; truncated, train_lm evaluates it."""
     train(tmp_path / "a", max_iters=4)
-    heads, _ = run(tmp_path / "a" / "ckpt.pt", truncate=0.5, save=str(tmp_path / "small.pt"), figure=False)
+    heads, _ = run(tmp_path / "a" / "ckpt.pt", truncate=0.5, save=str(tmp_path / "small.pt"))
     assert len(heads) == 2 * 2 * 2 and "from its model_args" in capsys.readouterr().out
     train(tmp_path / "b", init_from=str(tmp_path / "small.pt"), eval_only=True)
     assert "test perplexity" in capsys.readouterr().out.replace("test ppl", "test perplexity")
@@ -307,7 +310,7 @@ def test_what_train_lm_leaves(train, run, tmp_path, capsys):
 def test_truncation_is_for_our_gpts(tmp_path, run, capsys):
     torch.save({"layers.0.attn.qkv.weight": torch.randn(24, 8), "layers.0.attn.proj.weight": torch.randn(8, 8)}, tmp_path / "vit.pt")
     with pytest.raises(SystemExit):
-        run(tmp_path / "vit.pt", n_head=2, truncate=0.9, save=str(tmp_path / "b.pt"), figure=False)
+        run(tmp_path / "vit.pt", n_head=2, truncate=0.9, save=str(tmp_path / "b.pt"))
     assert "--truncate takes a GPT" in capsys.readouterr().err and not (tmp_path / "b.pt").exists()
 
 
@@ -343,13 +346,10 @@ def test_what_is_refused(tmp_path):
 
 def test_the_command_line_itself(tmp_path):
     one_line_exit_2(script("analyze.py", tmp_path / "absent.pt"), "absent.pt")
-    one_line_exit_2(script("analyze.py"), "python analyze.py")
     save(tmp_path / "a.pt")
-    one_line_exit_2(script("analyze.py", tmp_path / "a.pt", "--threshold=2"), "threshold 2")
     done = script("analyze.py", tmp_path / "a.pt", f"--out_dir={tmp_path / 'out'}")
     assert done.returncode == 0 and "layer 1 ov" in done.stdout, done.stderr
     assert script("figures.py", "heads", tmp_path / "out" / "heads.csv").stdout.strip().endswith("heads.png")
-    one_line_exit_2(script("figures.py", "heads", tmp_path / "a.csv"), "a.csv")
     one_line_exit_2(script("sample.py", tmp_path / "a.pt", "--tokenizer=byte", "--prompt=abc"), "vocabulary of 64")
 
 
