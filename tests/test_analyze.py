@@ -246,8 +246,9 @@ def test_compare_two_runs(tmp_path, run, capsys):
         run(tmp_path / "one" / "ckpt.pt", tmp_path / "other.pt", compare=True, n_head=2)
 
 
-@pytest.mark.parametrize("settings, words", [({"n_head": -1}, "--n_head=-1"), ({"threshold": 2}, "threshold 2"), ({"layers": "99"}, "--layers=99"), ({"layers": "a"}, "--layers=a"),
-                                             ({"n_head": 5}, "told by its model_args already"), ({"pattern": "x"}, "--pattern=x")])
+@pytest.mark.parametrize("settings, words", [
+    ({"n_head": -1}, "--n_head=-1"), ({"threshold": 2}, "threshold 2"), ({"layers": "99"}, "--layers=99"), ({"layers": "a"}, "--layers=a"),
+    ({"n_head": 5}, "told by its model_args already"), ({"pattern": "x"}, "--pattern=x")])
 def test_settings_that_make_no_sense(tmp_path, run, capsys, settings, words):
     save(tmp_path / "a.pt")
     with pytest.raises(SystemExit):
