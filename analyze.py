@@ -392,16 +392,18 @@ def main(paths):
             for checkpoint in open_all(paths, **options):
                 run, modules = checkpoint.path if apart else run_of(checkpoint.path), checkpoint.modules()
                 progress.set_description(os.path.basename(checkpoint.path))
-                told = list(dict.fromkeys(checkpoint.heads_of(module)[1] for module in modules))
-                for name in ("n_head", "d_head"):
-                    if globals()[name] and f"--{name}" not in told and "tensor shapes" not in told:
-                        raise ValueError(f"--{name}={globals()[name]}: heads are told by {', '.join(told)} already")
+                counts, told = zip(*(checkpoint.heads_of(module) for module in modules))
+                told = ", ".join(dict.fromkeys(told))
+                if n_head and n_head not in counts:
+                    raise ValueError(f"--n_head={n_head}: {checkpoint.path} has {', '.join(map(str, sorted(set(counts))))}, by {told}")
                 if chosen and not {module.layer for module in modules} & {*chosen}:
                     raise ValueError(f"--layers={layers}: {checkpoint.path} has none of them")
                 raw = truncatable(checkpoint) if save else None
-                sources[run] = ", ".join(told), left_out(modules, checkpoint.shapes)
+                sources[run] = told, left_out(modules, checkpoint.shapes)
                 settings[run] = checkpoint.configs.get("its config", {})
                 rows, singular = head_rows(checkpoint, world.device, progress.update)
+                if d_head and d_head not in {row["d_head"] for row in rows}:
+                    raise ValueError(f"--d_head={d_head}: heads of {checkpoint.path} are {rows[0]['d_head']} wide, by {told}")
                 runs.setdefault(run, []).append((checkpoint.step, rows))
                 spectra = [row for row in spectra if apart or run_of(row["checkpoint"]) != run] + singular  # of a run the last
                 heads += rows
@@ -415,9 +417,9 @@ def main(paths):
             print_table(run, *checkpoints[-1], *sources[run])
             if len(checkpoints) > 1:
                 print_trajectory(run, checkpoints)
-        for path in paths:
+        for path in map(os.path.normpath, paths):
             beside = [name for name in os.listdir(path) if name.endswith(SUFFIXES) and not re.match(NOT_MODELS, name)] if os.path.isdir(path) else []
-            ignored = [name for name in beside if path not in found and os.path.join(os.path.normpath(path), name) not in found]
+            ignored = [name for name in beside if path not in found and os.path.join(path, name) not in found]
             if ignored and any(os.path.isdir(file) for file in found):
                 print(f"\nnote: {path} was taken for the checkpoints in it; {ignored[0]} beside them is left out (give it by name)")
         print_fits(fits)

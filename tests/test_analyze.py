@@ -83,6 +83,12 @@ def test_threshold_names_its_column_and_exact_agrees(tmp_path, run):
     assert [r["rank90"] for r in fast] == [r["rank90"] for r in exact]
 
 
+def test_a_flag_that_says_what_is_known_is_no_error(tmp_path, run):
+    save(tmp_path / "a.pt")
+    want, _ = run(tmp_path / "a.pt")
+    assert run(tmp_path / "a.pt", n_head=3)[0] == run(tmp_path / "a.pt", d_head=8)[0] == run(tmp_path / "a.pt", n_kv_head=3)[0] == want
+
+
 def test_norms_and_cosines_over_a_run(tmp_path, run):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -248,7 +254,7 @@ def test_compare_two_runs(tmp_path, run, capsys):
 
 @pytest.mark.parametrize("settings, words", [
     ({"n_head": -1}, "--n_head=-1"), ({"threshold": 2}, "threshold 2"), ({"layers": "99"}, "--layers=99"), ({"layers": "a"}, "--layers=a"),
-    ({"n_head": 5}, "told by its model_args already"), ({"pattern": "x"}, "--pattern=x")])
+    ({"n_head": 5}, "has 3, by its model_args"), ({"d_head": 5}, "are 8 wide"), ({"pattern": "x"}, "--pattern=x")])
 def test_settings_that_make_no_sense(tmp_path, run, capsys, settings, words):
     save(tmp_path / "a.pt")
     with pytest.raises(SystemExit):
