@@ -1,11 +1,16 @@
 """
-The models people hack: a pre-LN GPT-2 under nanoGPT's parameter names, its initialisation, and its weight-decay groups.
+The models people hack: a pre-LN GPT-2 under nanoGPT's parameter names, a plain ViT of the same blocks, their initialisation, and their
+weight-decay groups.
 
     model = GPT(vocab_size=50304, block_size=756, n_layer=12, n_head=12, n_embd=768)
     init_weights(model, seed=1337)
     logits, _ = model(idx)           # idx (B, T) int64 -> (B, T, vocab_size)
     _, loss = model(idx, targets)    # mean cross-entropy in nats over targets that are not -1
     model = load_gpt(checkpoint)     # our ckpt.pt or nanoGPT's: {"model_args": ..., "model": ...}
+
+    model = ViT(n_classes=1000, image_size=224, **vit_size("S/16"))
+    logits = model(images)           # images (B, 3, 224, 224) float -> (B, n_classes)
+    model = load_vit(checkpoint)
 """
 import math
 
@@ -50,10 +55,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """(B, T, n_embd) -> (B, T, n_embd). mlp: False for attention alone."""
+    """(B, T, n_embd) -> (B, T, n_embd). mlp: False for attention alone; drop_path: share of samples that a branch leaves out in training,
+    the others scaled up so that its mean stays (stochastic depth, Huang et al. 2016)."""
 
-    def __init__(self, n_embd, n_head, bias, dropout, causal, mlp=True):
+    def __init__(self, n_embd, n_head, bias, dropout, causal, mlp=True, drop_path=0.0):
         super().__init__()
+        self.drop_path = drop_path
         self.ln_1 = nn.LayerNorm(n_embd, bias=bias)
         self.attn = Attention(n_embd, n_head, bias, dropout, causal)
         if mlp:
@@ -61,8 +68,14 @@ class Block(nn.Module):
         self.mlp = MLP(n_embd, bias, dropout) if mlp else None
 
     def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x)) if self.mlp is not None else x
+        x = x + self.branch(self.attn(self.ln_1(x)))
+        return x + self.branch(self.mlp(self.ln_2(x))) if self.mlp is not None else x
+
+    def branch(self, x):
+        if not (self.drop_path and self.training):
+            return x
+        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
+        return x * keep / (1 - self.drop_path)
 
 
 class GPT(nn.Module):
@@ -150,35 +163,149 @@ def head_loss(x, weight, targets, rows=1024):
     return F.linear_cross_entropy(x, weight, targets, ignore_index=-1, options=options)
 
 
+def load_gpt(checkpoint, dropout=0.0):
+    """The GPT of a checkpoint dict, ours or nanoGPT's. Raises ValueError where parts are missing or shapes do not fit."""
+    return load_as(GPT, checkpoint, "not a GPT checkpoint of ours or nanoGPT's", dropout=dropout)
+
+# ------------------------------------------------------------------------------------------------ Vision Transformer
+
+VIT_SIZES = {"Ti": (12, 3, 192), "S": (12, 6, 384), "B": (12, 12, 768), "L": (24, 16, 1024)}  # layers, heads, width (Dosovitskiy 2021, Touvron 2021)
+
+
+def vit_size(name):
+    """The arguments of ViT that a name such as "S/16" stands for. Raises ValueError for one that it does not know."""
+    size, _, patch = name.partition("/")
+    if size not in VIT_SIZES or not patch.isdecimal() or not int(patch):
+        raise ValueError(f"ViT {name!r}: expects a size and a patch side in pixels, as S/16; sizes: {', '.join(VIT_SIZES)}")
+    return dict(zip(("n_layer", "n_head", "n_embd"), VIT_SIZES[size]), patch_size=int(patch))
+
+
+class ViT(nn.Module):
+    """A plain Vision Transformer on square images, made of GPT's blocks without the causal mask; arguments are kept as `self.args`.
+
+    pool: "gap", the mean over tokens, or "cls", a class token. positions: "sincos2d", fixed, or "learned"; the class token has none
+    (Beyer et al. 2022; where others give it one, it is part of `cls`). drop_path: of the last block, rising linearly from 0 at the first.
+    """
+
+    def __init__(self, n_classes, image_size=224, patch_size=16, n_layer=12, n_head=6, n_embd=384, dropout=0.0, drop_path=0.0, bias=True,
+                 pool="gap", positions="sincos2d"):
+        super().__init__()
+        if min(n_classes, image_size, patch_size, n_layer, n_head, n_embd) < 1 or n_embd % n_head:
+            raise ValueError(f"n_embd={n_embd} must be a positive multiple of n_head={n_head}, and n_classes={n_classes}, "
+                             f"image_size={image_size}, patch_size={patch_size}, n_layer={n_layer} at least 1")
+        if image_size % patch_size:
+            raise ValueError(f"image_size={image_size} must be a multiple of patch_size={patch_size}")
+        if pool not in ("gap", "cls") or positions not in ("sincos2d", "learned"):
+            raise ValueError(f"pool={pool}, positions={positions}: expects gap or cls, sincos2d or learned")
+        self.args = dict(n_classes=n_classes, image_size=image_size, patch_size=patch_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                         dropout=dropout, drop_path=drop_path, bias=bias, pool=pool, positions=positions)
+        side = image_size // patch_size
+        self.transformer = nn.ModuleDict(dict(
+            patch=nn.Conv2d(3, n_embd, patch_size, stride=patch_size),
+            drop=nn.Dropout(dropout),
+            h=nn.ModuleList([Block(n_embd, n_head, bias, dropout, causal=False, drop_path=drop_path * i / max(1, n_layer - 1))
+                             for i in range(n_layer)]),
+            ln_f=nn.LayerNorm(n_embd, bias=bias),
+        ))
+        if positions == "learned":
+            self.transformer.wpe = nn.Embedding(side * side, n_embd)
+        else:
+            self.register_buffer("sincos2d", sincos2d(side, n_embd), persistent=False)
+        if pool == "cls":
+            self.cls = nn.Parameter(torch.zeros(n_embd))
+        self.head = nn.Linear(n_embd, n_classes)
+
+    def hidden(self, images):
+        """What is pooled for the head: images (B, 3, image_size, image_size) -> (B, T, n_embd), the class token first where there is one."""
+        a, t = self.args, self.transformer
+        if images.shape[1:] != (3, a["image_size"], a["image_size"]):
+            raise ValueError(f"images of shape {tuple(images.shape[1:])}, the model's are (3, {a['image_size']}, {a['image_size']})")
+        x = t.patch(images).flatten(2).transpose(1, 2)
+        x = x + (t.wpe.weight if a["positions"] == "learned" else self.sincos2d)
+        if a["pool"] == "cls":
+            x = torch.cat([self.cls.expand(len(x), 1, -1).to(x.dtype), x], dim=1)
+        x = t.drop(x)
+        for block in t.h:
+            x = block(x)
+        return t.ln_f(x)
+
+    def forward(self, images):
+        """images (B, 3, image_size, image_size) -> logits (B, n_classes)."""
+        x = self.hidden(images)
+        return self.head(x[:, 0] if self.args["pool"] == "cls" else x.mean(1))
+
+    def flops_per_image(self):
+        """Model FLOPs of one training image, forward and backward, counted as GPT.flops_per_token does: every token goes through
+        patch embedding and blocks, one vector through the head."""
+        a = self.args
+        T = (a["image_size"] // a["patch_size"])**2 + (a["pool"] == "cls")
+        N = sum(p.numel() for p in self.transformer.h.parameters() if p.ndim == 2) + self.transformer.patch.weight.numel()
+        return 6 * (N * T + self.head.weight.numel()) + 12 * a["n_layer"] * a["n_embd"] * T * T
+
+
+def sincos2d(side, n_embd):
+    """Fixed positions (side * side, n_embd) of a square grid, row by row: a quarter each of sin x, cos x, sin y, cos y at wavelengths
+    from 2 pi to 10,000 times that (Chen et al. 2021, MoCo v3)."""
+    if n_embd % 4 or n_embd < 8:
+        raise ValueError(f"n_embd={n_embd} must be a multiple of 4, at least 8, for sincos2d positions")
+    frequency = 10_000.0 ** -torch.linspace(0, 1, n_embd // 4, dtype=torch.float64)
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    x, y = (z.flatten()[:, None] * frequency for z in (x, y))
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
+
+
+def load_vit(checkpoint, dropout=0.0, drop_path=0.0):
+    """The ViT of a checkpoint dict of ours. Raises ValueError where parts are missing or shapes do not fit."""
+    return load_as(ViT, checkpoint, "not a ViT checkpoint of ours", dropout=dropout, drop_path=drop_path)
+
+# ------------------------------------------------------------------------------------------- initialisation, loading
+
 def init_weights(model, seed):
-    """GPT-2's initialisation, in place, the same on any device: matrices N(0, 0.02), those that write to the residual stream
-    N(0, 0.02 / sqrt(2 n_layer)), biases 0, norms 1."""
+    """The initialisation of a GPT or ViT, in place, the same on any device. Biases and class token 0, norms 1, matrices normal:
+
+    GPT (GPT-2's): standard deviation 0.02, of those that write to the residual stream 0.02 / sqrt(2 n_layer).
+    ViT (big_vision's): Xavier in the blocks, LeCun in the patch projection, learned positions 1 / sqrt(n_embd), the head 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.ndim < 2:
-            p.data.fill_(0.0 if name.endswith("bias") else 1.0)
+            p.data.fill_(1.0 if name.endswith("weight") else 0.0)
         else:
-            std = 0.02 / math.sqrt(2 * model.args["n_layer"]) if name.endswith("c_proj.weight") else 0.02
-            p.data.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+            p.data.copy_(torch.empty(p.shape).normal_(0.0, init_std(model, name, p), generator=generator))
 
 
-def load_gpt(checkpoint, dropout=0.0):
-    """The GPT of a checkpoint dict, ours or nanoGPT's. Raises ValueError where parts are missing or shapes do not fit."""
+def init_std(model, name, p):
+    """Standard deviation of a matrix's initial entries."""
+    if isinstance(model, GPT):
+        return 0.02 / math.sqrt(2 * model.args["n_layer"]) if name.endswith("c_proj.weight") else 0.02
+    if name == "head.weight":
+        return 0.0
+    if name.endswith("wpe.weight"):
+        return p.shape[1]**-0.5
+    fan_in = p[0].numel()
+    if name.endswith("patch.weight"):
+        return fan_in**-0.5
+    fan_out = fan_in if name.endswith("c_attn.weight") else len(p)  # c_attn is three matrices
+    return math.sqrt(2 / (fan_in + fan_out))
+
+
+def load_as(kind, checkpoint, refusal, **changes):
+    """A model of class `kind` from a checkpoint dict, some of its arguments changed. Raises ValueError(refusal and reason)."""
     try:
-        model = GPT(**{**checkpoint["model_args"], "dropout": dropout})
+        model = kind(**{**checkpoint["model_args"], **changes})
         state = {name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod."): p
                  for name, p in checkpoint["model"].items()}
         model.load_state_dict({name: p for name, p in state.items() if not name.endswith(".attn.bias")})  # old nanoGPT's mask
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"not a GPT checkpoint of ours or nanoGPT's ({type(error).__name__}: {reason})") from None
+        raise ValueError(f"{refusal} ({type(error).__name__}: {reason})") from None
     return model
 
 # ------------------------------------------------------------------------------------------- weight decay and optimizers
 
 GROUP_OF = {"attn": (".attn.c_attn.weight", ".attn.c_proj.weight"),
             "mlp": (".mlp.c_fc.weight", ".mlp.c_proj.weight"),
-            "embed": ("wte.weight", "wpe.weight", "lm_head.weight")}
+            "embed": ("wte.weight", "wpe.weight", "patch.weight", "head.weight")}
 
 
 def decay_groups(model, attn_wd, mlp_wd, embed_wd):
