@@ -1,5 +1,5 @@
 """
-Plumbing that only a bug fix would ever change: processes, devices, files, logs, signals. No settings, nothing at import.
+Plumbing that only a bug fix would ever change: processes, devices, files, signals. No settings, nothing at import.
 """
 import contextlib
 import json
@@ -179,45 +179,7 @@ def load(path, device="cpu", mmap=False):
         reason = f" ({reason})" if reason else ""
         raise ValueError(f"{path}: damaged, or not a checkpoint of plain tensors{reason}") from None
 
-# ---------------------------------------------------------------------------------------------------------- logs, signals
-
-class RunLog:
-    """`out_dir/log.jsonl`, one object a line, and wandb where asked for. Only the first process has one that writes."""
-
-    def __init__(self, out_dir, keep_bytes, settings, wandb_project="", wandb_name="", wandb_id="", source="."):
-        """keep_bytes: the log's size when the checkpoint that is resumed was written; what came after it is redone, so cut.
-        wandb_project: empty for no wandb; wandb_id: of the run to continue; source: the folder of the code to log with it."""
-        self.path = os.path.join(out_dir, "log.jsonl")
-        self.wandb, self.wandb_id = None, ""
-        if wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                raise ValueError("--wandb_log needs wandb: pip install wandb") from None
-            try:
-                self.wandb = wandb.init(project=wandb_project, name=wandb_name, config=settings, dir=out_dir,
-                                        id=wandb_id or None, resume="allow" if wandb_id else None)
-            except wandb.Error as error:
-                raise ValueError(f"--wandb_log: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no account)") from None
-            self.wandb_id = self.wandb.id
-            self.wandb.define_metric("*", step_metric="step")
-            self.wandb.log_code(source)
-        with open(self.path, "ab") as file:
-            file.truncate(min(keep_bytes, file.tell()))
-
-    def size(self):
-        return os.path.getsize(self.path)
-
-    def __call__(self, step, **values):
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(to_json({"step": step, **values}) + "\n")
-        if self.wandb:
-            self.wandb.log({"step": step, **values})
-
-    def close(self):
-        if self.wandb:
-            self.wandb.finish()
-
+# ------------------------------------------------------------------------------------------------------- signals, times
 
 class StopSignal:
     """Notes SIGTERM and SIGINT; a second one ends the process at once. `signal` is the number of the first, 0 before."""

@@ -254,9 +254,11 @@ def sincos2d(side, n_embd):
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
 
 
-def load_vit(checkpoint, dropout=0.0, drop_path=0.0):
-    """The ViT of a checkpoint dict of ours. Raises ValueError where parts are missing or shapes do not fit."""
-    return load_as(ViT, checkpoint, "not a ViT checkpoint of ours", dropout=dropout, drop_path=drop_path)
+def load_vit(checkpoint, image_size=0, dropout=0.0, drop_path=0.0):
+    """The ViT of a checkpoint dict of ours, for images of another size where one is given (fixed positions alone allow it).
+    Raises ValueError where parts are missing or shapes do not fit."""
+    size = {"image_size": image_size} if image_size else {}
+    return load_as(ViT, checkpoint, "not a ViT checkpoint of ours, or one of another shape", dropout=dropout, drop_path=drop_path, **size)
 
 # ------------------------------------------------------------------------------------------- initialisation, loading
 
@@ -355,3 +357,11 @@ def make_optimizers(groups, name, lr, beta1, beta2, eps, momentum, device_type):
         matrices, rest = [g for g in groups if g["name"] in ("attn", "mlp")], [g for g in groups if g["name"] in ("embed", "none")]
         return [torch.optim.Muon(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(rest, **adam)]
     raise ValueError(f"--optimizer={name}: expects adamw, adam, sgd or muon")
+
+
+def load_optimizers(optimizers, saved):
+    """Takes up the saved state dicts (a list, or the one of a single optimizer) under this command line's hyperparameters."""
+    for opt, state in zip(optimizers, saved if len(optimizers) > 1 else [saved]):
+        for old, new in zip(state["param_groups"], opt.param_groups):
+            old.update({name: value for name, value in new.items() if name != "params"})
+        opt.load_state_dict(state)

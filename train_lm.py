@@ -11,13 +11,8 @@ What P1 leaves open is ours and says so. Writes OUT_DIR/ckpt.pt, step_*.pt, log.
 SIGTERM or Ctrl-C finishes the step and saves; --init_from=resume goes on, to the bit on a CPU.
 """
 import contextlib
-import glob
 import math
 import os
-import re
-import shutil
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -26,11 +21,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from batches import TokenSplit, hash64, prefetch
-from checkpoints import RUN_FILE
-from common import RunLog, StopSignal, all_sum, init_dist, input_errors, load, peak_flops, pick_dtype, print0, save, save_json, time_left
+from common import StopSignal, all_sum, init_dist, input_errors, load, peak_flops, pick_dtype, print0, save, save_json, time_left
 from configurator import configure, current
 from families import attention_layers
-from model import GPT, decay_groups, init_weights, load_gpt, make_optimizers
+from model import GPT, decay_groups, init_weights, load_gpt, load_optimizers, make_optimizers
+from runs import check_resume, end, find_run, make_data, parse_steps, read_steps, start_log, stopped
 from spectra import summary
 from tasks import TASKS, TaskSplit
 
@@ -98,17 +93,8 @@ def open_data(world):
     if dataset in TASKS:
         return {split: TaskSplit(dataset, split, block_size) for split in ("train", "val", "test")}
     folder = os.path.join(data_dir, dataset)
-    meta = os.path.join(folder, "meta.json")
-    if dataset == "python" and not os.path.exists(meta) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_pile.py"),
-                   "--source=python", f"--dataset={dataset}", f"--data_dir={data_dir}"]
-        print0(f"{folder} is not there yet, making it: {' '.join(command)}")
-        failed, patience = subprocess.run(command).returncode, 60
-        while failed and patience and not os.path.exists(meta):  # another run may be making it just now
-            time.sleep(1)
-            patience -= 1
-        if not os.path.exists(meta):
-            raise ValueError(f"prepare_pile.py could not make {folder}")
+    if dataset == "python":
+        make_data(folder, "prepare_pile.py", "--source=python", f"--dataset={dataset}", f"--data_dir={data_dir}")
     if world.size > 1:
         dist.barrier()
     return {split: TokenSplit(folder, split, block_size) for split in ("train", "val", "test")}
@@ -131,21 +117,6 @@ def get_lr(step):
         return warmup_lr + (learning_rate - warmup_lr) * step / warmup_iters
     done = (step - warmup_iters) / max(1, max_iters - warmup_iters)
     return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
-
-
-def parse_steps(text):
-    """The set of steps that --snapshot_steps names."""
-    try:
-        kind, _, number = text.partition(":")
-        if "-" in text or (number and int(number) < 1):
-            raise ValueError
-        if kind == "every":
-            return set(range(0, max_iters + 1, int(number))) | {max_iters}
-        if kind == "log":
-            return {0} | {round(s) for s in np.geomspace(1, max(1, max_iters), int(number))}
-        return {int(s) for s in text.split(",") if s.strip()}
-    except ValueError:
-        raise ValueError(f'--snapshot_steps={text}: expects "100,200,400", "every:1000" or "log:20"') from None
 
 
 def check_settings(world):
@@ -185,9 +156,7 @@ def evaluate(model, split, world, autocast, stop, rows=None):
     total, right, count, began, spoke = 0.0, 0, 0, time.time(), time.time()
     for i, (x, y) in enumerate(prefetch(lambda i: split.rows(index[i, world.rank]), range(batches), world.device)):
         if number := stop.anywhere(world):
-            print0(f"stopped by signal {number} while evaluating: go on with --init_from=resume")
-            end(world)
-            raise SystemExit(128 + number)
+            stopped(world, number, "while evaluating")
         tokens = int((y >= 0).sum())
         if tokens:
             with autocast:
@@ -207,21 +176,14 @@ def evaluate(model, split, world, autocast, stop, rows=None):
 
 def main():
     script = os.path.basename(__file__)
-    latest = os.path.join(out_dir, "ckpt.pt")
     with input_errors(script):
         stop = StopSignal()
         world = init_dist(device)
         first = world.rank == 0
         check_settings(world)
         amp = pick_dtype(dtype, world.device)
-        snapshots = parse_steps(snapshot_steps)
-        os.makedirs(out_dir, exist_ok=True)
-        there = os.path.exists(latest)
-        resume = init_from == "resume" or (there and (init_from == "auto" or (init_from == "scratch" and eval_only)))
-        if eval_only and not resume and init_from in ("scratch", "auto"):
-            raise ValueError(f"--eval_only has nothing to evaluate: {latest} is not there, --init_from=PATH names another checkpoint")
-        if not (resume or eval_only or overwrite) and any(re.fullmatch(RUN_FILE + r"|log\.jsonl|result\.json", name) for name in os.listdir(out_dir)):
-            raise ValueError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite starts over, --out_dir goes elsewhere")
+        snapshots = parse_steps(snapshot_steps, max_iters)
+        latest, resume = find_run(out_dir, init_from, overwrite, eval_only)
         if world.size > 1:
             dist.barrier()  # all have looked before the first writes
         data = open_data(world)
@@ -240,7 +202,7 @@ def main():
             model = GPT(vocab_size or -(-meta["vocab_size"] // 64) * 64, block_size, n_layer, n_head, n_embd, dropout, bias, tied, mlp)
             init_weights(model, seed)
         if resume and not eval_only:
-            check_resume(checkpoint, latest, data["train"].fingerprint())
+            check_resume(checkpoint, latest, script, settings, SAME_ON_RESUME, FREE_ON_RESUME, data["train"].fingerprint(), max_iters)
         for what, needed in (("vocab_size", meta["vocab_size"]), ("block_size", block_size)):
             if model.args[what] < needed:
                 raise ValueError(f"the model's {what} is {model.args[what]}, this data set and --block_size need {needed}")
@@ -273,23 +235,10 @@ def main():
             past = {name: checkpoint[name] for name in past}
             if scaler.is_enabled() and checkpoint["scaler"]:
                 scaler.load_state_dict(checkpoint["scaler"])
-            for opt, state in zip(optimizers, checkpoint["optimizer"] if len(optimizers) > 1 else [checkpoint["optimizer"]]):
-                for old, new in zip(state["param_groups"], opt.param_groups):
-                    old.update({name: value for name, value in new.items() if name != "params"})  # this command line's settings
-                opt.load_state_dict(state)
+            load_optimizers(optimizers, checkpoint["optimizer"])
         start, best_val_loss, seconds, decay = past["iter_num"], past["best_val_loss"], past["seconds"], dict(past["decay"])
         checkpoint = None  # free its memory
-        if first:
-            here, source = os.path.dirname(os.path.abspath(__file__)), os.path.join(out_dir, "source")
-            os.makedirs(source, exist_ok=True)
-            for path in glob.glob(os.path.join(glob.escape(here), "*.py")):
-                shutil.copy(path, source)
-            log = RunLog(out_dir, past["log_bytes"], settings, wandb_project if wandb_log else "", wandb_run_name or out_dir,
-                         past["wandb_id"], source)
-            stale = r".*\.(pt|json)\.tmp\d+" + ("" if resume else r"|step_\d+\.pt|result\.json")  # of a killed run; of one given up
-            for name in os.listdir(out_dir):
-                if re.fullmatch(stale, name):
-                    os.unlink(os.path.join(out_dir, name))
+        log = start_log(out_dir, resume, past, settings, wandb_project if wandb_log else "", wandb_run_name or out_dir) if first else None
 
     accumulation = total_batch_size // (batch_size * world.size)
     tokens_per_step = total_batch_size * block_size
@@ -322,18 +271,10 @@ def main():
         """Prints and logs the steps since the last report; ends the run where a loss or a gradient was not finite."""
         nonlocal unread, seconds
         step, lr = unread[-1][:2]
-        values = torch.stack([torch.stack(pair) for _, _, *pair in unread]).cpu().double()  # note: this waits for the GPU
+        losses, norms = read_steps(unread, world, scaler.is_enabled(), script, latest)
         elapsed = time.perf_counter() - clock
         seconds += elapsed
-        losses = all_sum(world, *values[:, 0].tolist())
-        for (bad, *_), here, everywhere, norm in zip(unread, values[:, 0].tolist(), losses, values[:, 1].tolist()):
-            if not math.isfinite(everywhere) or not (math.isfinite(norm) or scaler.is_enabled()):  # fp16's scaler skips such a step
-                if not math.isfinite(here) or (math.isfinite(everywhere) and first):
-                    print(f"{script}: loss {here}, gradient norm {norm} at step {bad} on process {world.rank}; "
-                          f"the last good checkpoint is {latest}", file=sys.stderr, flush=True)
-                end(world)
-                raise SystemExit(1)
-        loss = losses[-1] / world.size
+        loss, norm = losses[-1], norms[-1]
         speed = len(unread) * tokens_per_step / elapsed
         mfu = speed * flops_per_token / (peak * world.size)
         if first:
@@ -346,17 +287,15 @@ def main():
     stream = train_batches(data["train"], world, start, accumulation)
     unread = []  # (step, lr, loss, gradient norm) of the steps since the last report, the tensors still on the device
     for step in range(start, max_iters + 1):
-        last, stopped = step == max_iters, stop.anywhere(world)
+        last, number = step == max_iters, stop.anywhere(world)
         due, rank_due = step % eval_interval == 0 or last, rank_interval and (step % rank_interval == 0 or last)
-        if unread and (due or stopped or rank_due or step in snapshots):
+        if unread and (due or number or rank_due or step in snapshots):
             report()  # a loss that is not finite ends the run here, before anything is saved
-        if due or stopped:
+        if due or number:
             log_bytes = log.size() if first else 0
             save_checkpoint(step, log_bytes)  # before anything that can fail; a resumed run does all that follows again
-        if stopped:
-            print0(f"stopped by signal {stopped} at step {step}, saved {latest}: go on with --init_from=resume")
-            end(world, log if first else None)
-            raise SystemExit(128 + stopped)
+        if number:
+            stopped(world, number, f"at step {step}, saved {latest}", log)
         if step in snapshots and first:
             save(os.path.join(out_dir, f"step_{step:07d}.pt"),
                  {"model": model.state_dict(), "model_args": model.args, "iter_num": step, "config": settings})
@@ -417,7 +356,7 @@ def main():
         save_json(os.path.join(out_dir, "result.json"), result)
     print0(f"{decay['attn']:.2f} decay time constants on attention, {time_left(seconds)} of training; "
            f"look at it: python analyze.py {out_dir}")
-    end(world, log if first else None)
+    end(world, log)
 
 
 def whole_splits(model, data, world, autocast, stop):
@@ -429,33 +368,6 @@ def whole_splits(model, data, world, autocast, stop):
         result.update({f"{split}_{name}": x for name, x in at.items()})
     print0("whole splits: " + ", ".join(f"{name.replace('_', ' ')} {x:.4f}" for name, x in result.items()))
     return result
-
-
-def check_resume(checkpoint, path, fingerprint):
-    """Raises ValueError where the run on disk is not the one that this command line describes."""
-    if "data" not in checkpoint:
-        raise ValueError(f"{path} is not train_lm.py's: --init_from={path} takes its weights into a new run")
-    old = checkpoint["config"]
-    now = current(globals())
-    changed = [name for name in now if name not in FREE_ON_RESUME and old.get(name) != now[name]]
-    words = {name: f"{name} was {old.get(name)}, is {now[name]}" for name in changed}
-    differ = [words[name] for name in changed if name in SAME_ON_RESUME or init_from != "resume"]
-    if checkpoint["data"] != fingerprint:
-        differ.append("the data on disk is not what it was trained on")
-    if checkpoint["iter_num"] > max_iters:
-        differ.append(f"it is at step {checkpoint['iter_num']}, beyond max_iters {max_iters}")
-    if differ:
-        advice = "" if any(name in SAME_ON_RESUME for name in changed) or not changed else "; --init_from=resume goes on with the new values"
-        raise ValueError(f"{path} is another run: {'; '.join(differ)}{advice}")
-    if changed:
-        print0(f"resumed with other settings: {'; '.join(words.values())}")
-
-
-def end(world, log=None):
-    if log:
-        log.close()
-    if world.size > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

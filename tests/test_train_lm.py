@@ -15,6 +15,7 @@ from conftest import REPO, TINY, assert_same_weights, environment, flags, load, 
 
 import train_lm
 from model import load_gpt
+from runs import parse_steps
 
 
 def test_import_set_main(train, tmp_path):
@@ -223,9 +224,8 @@ def test_defaults_are_the_papers(monkeypatch):
 
 
 @pytest.mark.parametrize("text, steps", [("", set()), ("3,7", {3, 7}), ("every:10", {0, 10, 20, 25}), ("log:3", {0, 1, 5, 25})])
-def test_snapshot_steps(monkeypatch, text, steps):
-    monkeypatch.setattr(train_lm, "max_iters", 25)
-    assert train_lm.parse_steps(text) == steps
+def test_snapshot_steps(text, steps):
+    assert parse_steps(text, 25) == steps
 
 
 @pytest.mark.parametrize("settings, words", [

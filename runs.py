@@ -1,0 +1,173 @@
+"""
+The life of a run folder, the same for every trainer: found or refused, resumed, logged, stopped, ended. No settings, nothing at import.
+"""
+import glob
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from checkpoints import RUN_FILE
+from common import all_sum, print0, to_json
+
+# ------------------------------------------------------------------------------------------------------- begin and resume
+
+def find_run(out_dir, init_from, overwrite, eval_only):
+    """(path of the run's ckpt.pt, whether to resume from it). Raises ValueError where the folder or the flags do not allow what is asked."""
+    os.makedirs(out_dir, exist_ok=True)
+    latest = os.path.join(out_dir, "ckpt.pt")
+    there = os.path.exists(latest)
+    resume = init_from == "resume" or (there and (init_from == "auto" or (init_from == "scratch" and eval_only)))
+    if eval_only and not resume and init_from in ("scratch", "auto"):
+        raise ValueError(f"--eval_only has nothing to evaluate: {latest} is not there, --init_from=PATH names another checkpoint")
+    if not (resume or eval_only or overwrite) and any(re.fullmatch(RUN_FILE + r"|log\.jsonl|result\.json", name) for name in os.listdir(out_dir)):
+        raise ValueError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite starts over, --out_dir goes elsewhere")
+    return latest, resume
+
+
+def check_resume(checkpoint, path, script, settings, same, free, fingerprint, max_iters):
+    """Raises ValueError where the run on disk is not the one that these settings describe; prints what changes where that is allowed.
+
+    same: settings that must not change; free: those that may; the others change only where --init_from=resume asks for it.
+    """
+    if "data" not in checkpoint:
+        raise ValueError(f"{path} is not {script}'s: --init_from={path} takes its weights into a new run")
+    old = checkpoint["config"]
+    changed = [name for name in settings if name not in free and old.get(name) != settings[name]]
+    words = {name: f"{name} was {old.get(name)}, is {settings[name]}" for name in changed}
+    differ = [words[name] for name in changed if name in same or settings["init_from"] != "resume"]
+    if checkpoint["data"] != fingerprint:
+        differ.append("the data on disk is not what it was trained on")
+    if checkpoint["iter_num"] > max_iters:
+        differ.append(f"it is at step {checkpoint['iter_num']}, beyond max_iters {max_iters}")
+    if differ:
+        advice = "" if any(name in same for name in changed) or not changed else "; --init_from=resume goes on with the new values"
+        raise ValueError(f"{path} is another run: {'; '.join(differ)}{advice}")
+    if changed:
+        print0(f"resumed with other settings: {'; '.join(words.values())}")
+
+
+def make_data(folder, *command):
+    """Runs a script of ours with its flags to make the data in `folder`, unless they are there: on one process of each machine; another run
+    may be making them just now. Raises ValueError where it fails."""
+    meta = os.path.join(folder, "meta.json")
+    if os.path.exists(meta) or int(os.environ.get("LOCAL_RANK", 0)):
+        return
+    print0(f"{folder} is not there yet, making it: python {' '.join(command)}")
+    here = os.path.dirname(os.path.abspath(__file__))
+    failed, patience = subprocess.run([sys.executable, os.path.join(here, command[0]), *command[1:]]).returncode, 60
+    while failed and patience and not os.path.exists(meta):
+        time.sleep(1)
+        patience -= 1
+    if not os.path.exists(meta):
+        raise ValueError(f"{command[0]} could not make {folder}")
+
+
+def parse_steps(text, max_iters):
+    """The set of steps that --snapshot_steps names."""
+    try:
+        kind, _, number = text.partition(":")
+        if "-" in text or (number and int(number) < 1):
+            raise ValueError
+        if kind == "every":
+            return set(range(0, max_iters + 1, int(number))) | {max_iters}
+        if kind == "log":
+            return {0} | {round(max(1, max_iters)**(i / max(1, int(number) - 1))) for i in range(int(number))}
+        return {int(s) for s in text.split(",") if s.strip()}
+    except ValueError:
+        raise ValueError(f'--snapshot_steps={text}: expects "100,200,400", "every:1000" or "log:20"') from None
+
+# -------------------------------------------------------------------------------------------------------------------- log
+
+def start_log(out_dir, resume, past, settings, wandb_project, wandb_name):
+    """The RunLog of a run, on its first process; the code that runs goes to out_dir/source, leavings of a killed or given up run go.
+
+    past: "log_bytes" and "wandb_id" of the checkpoint that is resumed, else 0 and empty.
+    """
+    here, source = os.path.dirname(os.path.abspath(__file__)), os.path.join(out_dir, "source")
+    os.makedirs(source, exist_ok=True)
+    for path in glob.glob(os.path.join(glob.escape(here), "*.py")):
+        shutil.copy(path, source)
+    log = RunLog(out_dir, past["log_bytes"], settings, wandb_project, wandb_name, past["wandb_id"], source)
+    stale = r".*\.(pt|json)\.tmp\d+" + ("" if resume else r"|step_\d+\.pt|result\.json")
+    for name in os.listdir(out_dir):
+        if re.fullmatch(stale, name):
+            os.unlink(os.path.join(out_dir, name))
+    return log
+
+
+class RunLog:
+    """`out_dir/log.jsonl`, one object a line, and wandb where asked for. Only the first process has one that writes."""
+
+    def __init__(self, out_dir, keep_bytes, settings, wandb_project="", wandb_name="", wandb_id="", source="."):
+        """keep_bytes: the log's size when the checkpoint that is resumed was written; what came after it is redone, so cut.
+        wandb_project: empty for no wandb; wandb_id: of the run to continue; source: the folder of the code to log with it."""
+        self.path = os.path.join(out_dir, "log.jsonl")
+        self.wandb, self.wandb_id = None, ""
+        if wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("--wandb_log needs wandb: pip install wandb") from None
+            try:
+                self.wandb = wandb.init(project=wandb_project, name=wandb_name, config=settings, dir=out_dir,
+                                        id=wandb_id or None, resume="allow" if wandb_id else None)
+            except wandb.Error as error:
+                raise ValueError(f"--wandb_log: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no account)") from None
+            self.wandb_id = self.wandb.id
+            self.wandb.define_metric("*", step_metric="step")
+            self.wandb.log_code(source)
+        with open(self.path, "ab") as file:
+            file.truncate(min(keep_bytes, file.tell()))
+
+    def size(self):
+        return os.path.getsize(self.path)
+
+    def __call__(self, step, **values):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(to_json({"step": step, **values}) + "\n")
+        if self.wandb:
+            self.wandb.log({"step": step, **values})
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_steps(unread, world, scaled, script, latest):
+    """(losses, gradient norms) of steps [(step, lr, loss, norm), ...] whose tensors are still on the device; losses are means over processes.
+
+    Ends the run where one is not finite, but for the norms of a step that fp16's gradient scaler (`scaled`) skips.
+    """
+    values = torch.stack([torch.stack(pair) for _, _, *pair in unread]).cpu().double()  # note: this waits for the GPU
+    here, norms = values.T.tolist()
+    losses = all_sum(world, *here)
+    for (step, *_), mine, everywhere, norm in zip(unread, here, losses, norms):
+        if not math.isfinite(everywhere) or not (math.isfinite(norm) or scaled):
+            if not math.isfinite(mine) or (math.isfinite(everywhere) and world.rank == 0):
+                print(f"{script}: loss {mine}, gradient norm {norm} at step {step} on process {world.rank}; "
+                      f"the last good checkpoint is {latest}", file=sys.stderr, flush=True)
+            end(world)
+            raise SystemExit(1)
+    return [loss / world.size for loss in losses], norms
+
+# -------------------------------------------------------------------------------------------------------------------- end
+
+def stopped(world, number, where, log=None):
+    """Ends a run that a signal stops, after it was saved."""
+    print0(f"stopped by signal {number} {where}: go on with --init_from=resume")
+    end(world, log)
+    raise SystemExit(128 + number)
+
+
+def end(world, log=None):
+    if log:
+        log.close()
+    if world.size > 1:
+        dist.destroy_process_group()
