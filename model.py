@@ -235,12 +235,12 @@ class ViT(nn.Module):
         return self.head(x[:, 0] if self.args["pool"] == "cls" else x.mean(1))
 
     def flops_per_image(self):
-        """Model FLOPs of one training image, forward and backward, counted as GPT.flops_per_token does: every token goes through
-        patch embedding and blocks, one vector through the head."""
+        """Model FLOPs of one training image, forward and backward, counted as GPT.flops_per_token does; one vector goes through the head."""
         a = self.args
-        T = (a["image_size"] // a["patch_size"])**2 + (a["pool"] == "cls")
-        N = sum(p.numel() for p in self.transformer.h.parameters() if p.ndim == 2) + self.transformer.patch.weight.numel()
-        return 6 * (N * T + self.head.weight.numel()) + 12 * a["n_layer"] * a["n_embd"] * T * T
+        patches = (a["image_size"] // a["patch_size"])**2
+        T = patches + (a["pool"] == "cls")
+        N = sum(p.numel() for p in self.transformer.h.parameters() if p.ndim == 2)
+        return 6 * (N * T + self.transformer.patch.weight.numel() * patches + self.head.weight.numel()) + 12 * a["n_layer"] * a["n_embd"] * T * T
 
 
 def sincos2d(side, n_embd):

@@ -1,7 +1,10 @@
 """Small real data and scripts run as a user runs them. Nothing is downloaded; nothing outside tmp_path is written."""
+import contextlib
 import json
 import os
 import pathlib
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 import train_lm
+from images import RECORD
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # as in the subprocesses: sums in the same order, so runs can be compared to the bit
@@ -43,6 +47,32 @@ def data_dir(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def image_dir(tmp_path_factory):
+    """A folder with the image set "pictures": smooth pictures of 7 classes, told apart by colour and direction, of many shapes."""
+    folder, rng = tmp_path_factory.mktemp("images") / "pictures", np.random.default_rng(0)
+    folder.mkdir()
+    meta = {"kind": "images", "classes": [f"c{i}" for i in range(7)], "short_side": 18, "mean": [0.5, 0.4, 0.6], "std": [0.2, 0.25, 0.3],
+            "source": "test", "splits": {}}
+    for split, n in (("train", 100), ("val", 23), ("test", 31)):
+        pixels, index, offset = [], np.zeros(n, dtype=RECORD), 0
+        for i in range(n):
+            h, w, label = *rng.permutation([18, rng.integers(18, 50)]), int(rng.integers(7))
+            y, x = np.mgrid[:h, :w]
+            wave = np.sin(x * np.cos(label) / 3 + y * np.sin(label) / 3 + rng.uniform(0, 6))[..., None]
+            image = 127 + 60 * wave * np.cos([label, 2 * label, 3 * label]) + rng.normal(0, 20, (h, w, 3))
+            pixels.append(image.clip(0, 255).astype(np.uint8).tobytes())
+            index[i] = offset, h, w, label
+            offset += len(pixels[-1])
+        files = {f"{split}.bin": b"".join(pixels), f"{split}.idx": index.tobytes()}
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        meta["splits"][split] = {"images": n, "files": [{"name": name, "bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
+                                                        for name, data in files.items()]}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder.parent
+
+
 TINY = {"dataset": "text", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "total_batch_size": 4,
         "max_iters": 20, "warmup_iters": 5, "eval_interval": 10, "eval_iters": 2, "rank_interval": 10, "log_interval": 5,
         "device": "cpu", "attn_wd": 1.0, "learning_rate": 1e-2}
@@ -60,6 +90,29 @@ def train(monkeypatch, data_dir):
         result = pathlib.Path(out_dir) / "result.json"
         return json.loads(result.read_text()) if result.exists() else None
     return run
+
+
+@contextlib.contextmanager
+def signalled_in_step(number):
+    """SIGTERM reaches this process in the optimizer step of that number, counted from here."""
+    clip, steps = torch.nn.utils.clip_grad_norm_, []
+
+    def signalled(*args):
+        steps.append(1)
+        if len(steps) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clip(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", signalled)
+        yield
+
+
+def torchrun(processes):
+    """The beginning of a command line under torchrun, on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1", f"--master_port={port}"]
 
 
 def flags(**settings):

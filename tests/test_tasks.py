@@ -1,12 +1,10 @@
 """Synthetic tasks and what train_lm.py does with them; attention-only models; the figure of F2."""
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_weights, load, one_line_exit_2, script
+from conftest import assert_same_weights, load, one_line_exit_2, script, signalled_in_step
 
 import figures
 import tasks
@@ -71,20 +69,11 @@ def test_attention_only_models(tmp_path):
     assert "mlp" not in GPT(64, 16, 1, 1, 32).args
 
 
-def test_twenty_steps_are_ten_and_ten(train, tmp_path, monkeypatch):
+def test_twenty_steps_are_ten_and_ten(train, tmp_path):
     """Bitwise, accumulation and accuracies too; and two micro-batches are one batch."""
     straight = train(tmp_path / "straight", **RECALL)
-    clip, steps = torch.nn.utils.clip_grad_norm_, []
-
-    def signalled(*args):  # in the tenth step
-        steps.append(1)
-        if len(steps) == 10:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return clip(*args)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", signalled)
-        with pytest.raises(SystemExit):
-            train(tmp_path / "resumed", **RECALL)
+    with signalled_in_step(10), pytest.raises(SystemExit):
+        train(tmp_path / "resumed", **RECALL)
     assert load(tmp_path / "resumed" / "ckpt.pt")["iter_num"] == 10
     resumed = train(tmp_path / "resumed", **RECALL, init_from="resume")
     assert_same_weights(tmp_path / "straight" / "ckpt.pt", tmp_path / "resumed" / "ckpt.pt")

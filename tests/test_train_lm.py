@@ -4,14 +4,13 @@ import math
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import REPO, TINY, assert_same_weights, environment, flags, load, one_line_exit_2, script, write_data
+from conftest import REPO, TINY, assert_same_weights, environment, flags, load, one_line_exit_2, script, signalled_in_step, torchrun, write_data
 
 import train_lm
 from model import load_gpt
@@ -48,17 +47,8 @@ def test_twenty_steps_are_ten_and_ten(train, tmp_path, optimizer):
     train(tmp_path / "cut", **same, snapshot_steps="10")
     first = load(tmp_path / "cut" / "ckpt.pt")
     os.remove(tmp_path / "cut" / "ckpt.pt")
-    clip, steps = torch.nn.utils.clip_grad_norm_, []
-
-    def signalled(*args):  # in the tenth step
-        steps.append(1)
-        if len(steps) == 10:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return clip(*args)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", signalled)
-        with pytest.raises(SystemExit) as stop:
-            train(tmp_path / "resumed", **same)
+    with signalled_in_step(10), pytest.raises(SystemExit) as stop:
+        train(tmp_path / "resumed", **same)
     assert stop.value.code == 128 + signal.SIGTERM
     assert load(tmp_path / "resumed" / "ckpt.pt")["iter_num"] == 10
     resumed = train(tmp_path / "resumed", **same, init_from="resume")
@@ -76,12 +66,7 @@ def test_twenty_steps_are_ten_and_ten(train, tmp_path, optimizer):
 
 def command(out_dir, data_dir, *more, processes=0, **settings):
     """The command line of a tiny run, under torchrun where processes are given."""
-    launcher = [sys.executable]
-    if processes:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    launcher = torchrun(processes) if processes else [sys.executable]
     return [*launcher, "train_lm.py", *flags(**{**TINY, "data_dir": data_dir, "out_dir": out_dir, **settings}), *more]
 
 
