@@ -145,7 +145,7 @@ def auto_contrast(x):
     """Each channel of each image stretched linearly to 0 ... 255 (ImageOps.autocontrast)."""
     exact = torch.float32 if x.device.type == "mps" else torch.float64  # Pillow's, to the bit; mps has none and may miss by 1
     lo, hi = x.amin((2, 3), keepdim=True).to(exact), x.amax((2, 3), keepdim=True).to(exact)
-    scale = 255 / (hi - lo).clamp(min=1)
+    scale = torch.full_like(hi, 255) / (hi - lo).clamp(min=1)  # 255 / tensor would multiply by the reciprocal, not quite the same
     stretched = (x.to(exact) * scale + -lo * scale).clamp_(0, 255).to(torch.uint8)
     return torch.where(hi > lo, stretched, x)
 
@@ -169,7 +169,7 @@ def invert(x):
 
 def posterize(x, bits):
     """The upper `bits` (0 ... 8) of each value (ImageOps.posterize)."""
-    return x & per_image(256 - 2 ** (8 - np.asarray(bits)) if np.ndim(bits) else 256 - 2 ** (8 - bits), x.device, np.uint8)
+    return x & per_image(256 - (1 << 8 - bits), x.device, np.uint8)
 
 
 def solarize(x, threshold):
@@ -238,7 +238,7 @@ def affine(x, matrix):
     n, _, H, W = x.shape
     a, b, c, d, e, f = np.asarray(matrix, dtype=np.float64).T
     fixed = np.stack([a, b, c + 0.5 * a + 0.5 * b, d, e, f + 0.5 * d + 0.5 * e], axis=-1)
-    fixed = to_device(np.broadcast_to(np.floor(fixed * 65536 + 0.5).astype(np.int32), (n, 6)), x.device)
+    fixed = to_device(np.tile(np.floor(fixed * 65536 + 0.5).astype(np.int32), (1 if fixed.ndim == 2 else n, 1)), x.device)
     a, b, c, d, e, f = fixed.T[..., None, None]  # (n, 1, 1)
     i, j = torch.arange(H, dtype=torch.int32, device=x.device)[:, None], torch.arange(W, dtype=torch.int32, device=x.device)
     column, row = (a * j + b * i + c) >> 16, (d * j + e * i + f) >> 16  # (n, H, W)
@@ -251,8 +251,8 @@ def rotate(x, degrees):
     """Counter-clockwise about the centre (Image.rotate, NEAREST)."""
     angle = -np.radians(np.asarray(degrees, dtype=np.float64) % 360)
     cos, sin = np.round(np.cos(angle), 15), np.round(np.sin(angle), 15)
-    y, x0 = x.shape[2] / 2, x.shape[3] / 2
-    return affine(x, np.stack([cos, sin, x0 - cos * x0 - sin * y, -sin, cos, y + sin * x0 - cos * y], axis=-1))
+    j, i = x.shape[3] / 2, x.shape[2] / 2  # the centre stays where it is
+    return affine(x, np.stack([cos, sin, j - (cos * j + sin * i), -sin, cos, i - (cos * i - sin * j)], axis=-1))
 
 
 def affine_one(x, entry, values):
