@@ -341,7 +341,7 @@ def test_the_checkpoint_and_the_log(train, tmp_path):
     keys = {key for line in lines(tmp_path) for key in line}
     assert {"train_loss", "lr", "grad_norm", "val_loss", "val_acc", "val_top5", "attn_rank95_qk", "attn_rank95_ov", "norm_attn", "test_acc"} <= keys
     assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"} <= load(tmp_path / "ckpt.pt").keys()
-    table = script("analyze.py", tmp_path, f"--out_dir={tmp_path / 'a'}", "--figures=False")
+    table = script("analyze.py", tmp_path, f"--out_dir={tmp_path / 'a'}", "--figure=False")
     rows = (tmp_path / "a" / "heads.csv").read_text().splitlines()
     assert table.returncode == 0 and len(rows) == 1 + 3 * 2 * 2 * 2, table.stderr  # snapshots, layers, heads, products
 
