@@ -2,7 +2,7 @@
 How close each hot path is to its floor, in one interleaved run: medians, ratios, and bench.json.
 
     python bench.py                       # all
-    python bench.py step spectra          # some of: step head batches spectra checkpoint prepare
+    python bench.py step spectra          # some of: step vit head batches spectra checkpoint prepare
     python bench.py step --device=cuda    # the shapes follow the device: the demo's on a CPU, GPT-2 small's on a GPU
 
 A ratio is our time over the floor's: 1 is the floor itself. Floors: DESIGN section 3. Run it on an otherwise idle machine.
@@ -26,11 +26,13 @@ import torch.nn.functional as F
 
 import prepare_pile
 import train_lm
+import train_vit
 from batches import TokenSplit
 from common import init_dist, input_errors, peak_flops, pick_dtype, save, save_json, synchronize, write_atomic
 from configurator import configure
 from families import attention_layers
-from model import GPT, decay_groups, head_loss, init_weights, make_optimizers
+from images import RECORD, ImageSplit
+from model import GPT, ViT, decay_groups, head_loss, init_weights, make_optimizers, vit_size
 from spectra import metrics, qk_factors, singular_values, summary
 
 repeats = 7             # of each contestant, interleaved; medians are printed
@@ -68,25 +70,33 @@ def shapes(world):
     return {"vocab_size": 320, "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128, "bias": False}, 16
 
 
-def bench_step(world):
-    """One optimizer step against its model FLOPs at the rate of a large GEMM; and what measuring rank adds at the default interval."""
-    args, B = shapes(world)
-    model = GPT(**args)
-    init_weights(model, 0)
+def train_step(model, world, inputs, loss):
+    """A function that takes one optimizer step of the model on the same inputs, a tuple; loss: of what the model returns."""
     model.to(world.device)
     amp = pick_dtype(dtype, world.device)
     fast = torch.compile(model) if compile == "true" or (compile == "auto" and world.device.type == "cuda") else model
     autocast = torch.autocast(world.device.type, amp) if amp != torch.float32 else contextlib.nullcontext()
     (optimizer,) = make_optimizers(decay_groups(model, 0.1, 0.1, 0.1), "adamw", 1e-3, 0.9, 0.95, 1e-8, 0.9, world.device.type)
-    x = torch.randint(args["vocab_size"], (B, args["block_size"]), device=world.device)
 
     def step():
         with autocast:
-            fast(x, x)[1].backward()
+            out = fast(*inputs)
+        loss(out).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    return step
+
+
+def bench_step(world):
+    """One optimizer step against its model FLOPs at the rate of a large GEMM; and what measuring rank adds at the default interval."""
+    args, B = shapes(world)
+    model = GPT(**args)
+    init_weights(model, 0)
+    x = torch.randint(args["vocab_size"], (B, args["block_size"]), device=world.device)
+    step = train_step(model, world, (x, x), lambda out: out[1])
+    amp = pick_dtype(dtype, world.device)
     flops = model.flops_per_token(args["block_size"]) * x.numel()
     n = 2048 if world.device.type == "cpu" else 8192
     a = torch.randn(n, n, device=world.device, dtype=amp)
@@ -130,6 +140,47 @@ def bench_batches(world):
         times = interleaved({"sample": lambda: [split.sample(0, next(start), 128) for _ in range(50)],
                              "memcpy": lambda: [np.copyto(copy, block) for _ in range(50)]}, world)
         yield row("batches", "128 x 757 of 200 M tokens, shuffled, checked, int64", times["sample"] / 50, "memcpy of the batch", times["memcpy"] / 50)
+
+
+def bench_vit(world):
+    """ViT-S/16 at 224: one optimizer step against its model FLOPs at the rate of a large GEMM; and what feeds it, from a folder of
+    stored images of short side 256 that the page cache holds, to batches of the recipe's crops, RandAugment and mixup on the device."""
+    B = 128 if world.device.type == "cuda" else 8
+    model = ViT(1000, 224, **vit_size("S/16"))
+    init_weights(model, 0)
+    step = train_step(model, world, (torch.randn(B, 3, 224, 224, device=world.device),),
+                      lambda logits: F.cross_entropy(logits.float(), torch.zeros(B, dtype=torch.long, device=world.device)))
+    amp = pick_dtype(dtype, world.device)
+    n = 2048 if world.device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=world.device, dtype=amp)
+    with tempfile.TemporaryDirectory() as folder:
+        images, shape = 1024, (256, 341)
+        index = np.zeros(images, dtype=RECORD)
+        index["offset"], index["height"], index["width"] = np.arange(images) * 3 * shape[0] * shape[1], *shape
+        noise = np.random.default_rng(0).integers(0, 256, 3 * shape[0] * shape[1] + images, dtype=np.uint8)
+        np.concatenate([noise[i:len(noise) - images + i] for i in range(images)]).tofile(os.path.join(folder, "train.bin"))
+        index.tofile(os.path.join(folder, "train.idx"))
+        files = [{"name": f"train.{end}", "bytes": os.path.getsize(os.path.join(folder, f"train.{end}"))} for end in ("bin", "idx")]
+        save_json(os.path.join(folder, "meta.json"), {"kind": "images", "classes": [str(i) for i in range(1000)], "short_side": 256,
+                                                      "mean": [0.5] * 3, "std": [0.3] * 3, "splits": {"train": {"images": images, "files": files}}})
+        split = ImageSplit(folder, "train")
+        vars(train_vit).update(total_batch_size=B, batch_size=B)
+        stream, number = train_vit.train_batches(split, world, 0, 10**9, 1), iter(range(10**9))
+        ready = next(stream)
+
+        def copies():  # the bytes that a batch is read from
+            return split.pixels[:B * 3 * shape[0] * shape[1]].copy()
+
+        times = interleaved({"step": step, "gemm": lambda: a @ a, "load": lambda: next(stream), "memcpy": copies,
+                             "augment": lambda: train_vit.augment(*ready, train_vit.sample_numbers(next(number), 0, world), split.meta)}, world)
+    floor = model.flops_per_image() * B / (2 * n**3 / times["gemm"])
+    yield row("vit", f"ViT-S/16 at 224, batch {B}, {str(amp)[6:]}", times["step"], f"its FLOPs at the rate of a {n} GEMM", floor,
+              images_per_s=B / times["step"], mfu=floor / times["step"])
+    yield row("vit", "reading crops of stored images, per batch", times["load"], "memcpy of the whole images", times["memcpy"],
+              images_per_s=B / times["load"])
+    feed = times["load"] + times["augment"]
+    yield row("vit", "reading and augmenting, one after the other", feed, "the step that it feeds", times["step"], images_per_s=B / feed,
+              times_the_steps_rate=times["step"] / feed)
 
 
 def bench_spectra(world):
@@ -268,8 +319,8 @@ def bench_texts():
     return texts
 
 
-BENCHES = {"step": bench_step, "head": bench_head, "batches": bench_batches, "spectra": bench_spectra, "checkpoint": bench_checkpoint,
-           "prepare": bench_prepare}
+BENCHES = {"step": bench_step, "vit": bench_vit, "head": bench_head, "batches": bench_batches, "spectra": bench_spectra,
+           "checkpoint": bench_checkpoint, "prepare": bench_prepare}
 
 
 def main(names):
@@ -294,4 +345,4 @@ def main(names):
 
 
 if __name__ == "__main__":
-    main(configure(globals(), positional="[step|head|batches|spectra|checkpoint|prepare|all ...]"))
+    main(configure(globals(), positional="[step|vit|head|batches|spectra|checkpoint|prepare|all ...]"))

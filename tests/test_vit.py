@@ -284,7 +284,7 @@ def test_twenty_steps_are_ten_and_ten(train, tmp_path, optimizer):
 def test_two_processes_are_one(train, tmp_path, image_dir):
     """Batches, augmentation and gradients split over two gloo processes; evaluation's counts exact, though its last batch is partial:
     the val split holds 23 images, the test split 31, neither a multiple of 2 * 4."""
-    settings = {"total_batch_size": 16, "learning_rate": 1e-3}
+    settings = {"total_batch_size": 16, "learning_rate": 1e-3, "eps": 1e-5}  # gradients near 0 are rounding errors: Adam would blow them up
     one = train(tmp_path / "one", **settings, batch_size=8)
     command = [*torchrun(2), "train_vit.py", *flags(**{**TINY, **settings, "batch_size": 4, "data_dir": image_dir, "out_dir": tmp_path / "two"})]
     run = subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=300)
