@@ -20,11 +20,13 @@ Images: the whole of each, resized (bicubic, antialiased: it keeps more for the 
 until the short side is --short_side, never enlarged. RGB whatever it was; transparency is dropped; EXIF orientation is not
 applied, which is ImageNet's convention. JPEGs are decoded at a fraction of their size where that is still twice --short_side.
 
-Disk for ImageNet-1k, 1,331,167 images at the mean aspect ratio of 1.37 measured on 100 of them:
-    --short_side    64     128    160    224    256    320
-    GB              22     90     140    275    359    560
-256 is the least at which evaluation as published, short side to 256 and crop of 224, is exact, and no whole image is enlarged
-to 224; it is 44 % of the bytes of 384.
+Disk for ImageNet-1k: 1,281,167 + 50,000 images, at the mean aspect ratio of 1.37 and at the bytes an image that 100 of them have
+(some are smaller than 256):
+    --short_side       64     128    160    224    256    320    384
+    GB, none smaller   22     90     140    274    358    560    806
+    GB, as those 100   22     89     139    266    343    520    647
+256 is the least at which evaluation as published, short side to 256 and crop of 224, is exact and a crop of the whole is not
+enlarged to 224; 384 would be twice the bytes, mostly for crops that are then reduced again.
 
 Killed at any instant and run again, it goes on from its last safe point and ends in the same bytes as an undisturbed run.
 meta.json, without which no trainer reads the folder, comes last; {split}.bin holds pixels (height, width, 3), image after image,
@@ -250,23 +252,20 @@ def list_parquet():
     try:
         files = [file for file in find_files(source) if file.name.endswith(".parquet")] if not has_no_parquet(source) else []
     except ValueError as error:
-        raise explained(error) from None
+        raise explained(error, source) from None
     if not files:
         raise ValueError(f"--source={source}: expects images ({', '.join(SUFFIXES)}) in class folders, or .parquet files")
     files = [file._replace(split=split_in_name(file.name) or "train") for file in files]
-    classes, found = footer(files[0].path, image_key, label_key)[1], []
-
-    def jobs():
-        for file in files:
-            yield 0, file.path, (file, )
+    found, classes, stop = [], [], StopSignal()
 
     def take(result, file):
         found.append((file, result[0]))
+        classes.extend(() if classes or file.split != "train" else result[1])
         bar.update()
 
     work = functools.partial(footer, image_key=image_key, label_key=label_key)
-    with tqdm(desc="listing", total=len(files), unit=" files", delay=10) as bar:
-        if not run_in_order(work, jobs(), take, lambda: None, stop := StopSignal(), workers, 0):
+    with tqdm(desc="listing", total=len(files), unit=" files", delay=10) as bar:  # by the workers, for on the hub each takes a second
+        if not run_in_order(work, ((0, file.path, (file,)) for file in files), take, lambda: None, stop, workers, 0):
             raise SystemExit(128 + stop.signal)
     highest = {split: max((label for file, groups in found if file.split == split for _, label in groups), default=-1) for split in SPLITS}
     for split in SPLITS:
@@ -294,19 +293,19 @@ def parquet(path):
     except InputError:
         raise
     except Exception as error:  # of pyarrow and the hub's clients, a dozen kinds
-        raise explained(error, f"{path}: damaged or cut short ({first_line(error)}); what is done is kept, "
+        raise explained(error, path, f"{path}: damaged or cut short ({first_line(error)}); what is done is kept, "
                         "and the same command goes on once the file is whole") from None
 
 
-def explained(error, message=""):
+def explained(error, place, message=""):
     """A ValueError with a message, and with what to do where the hub wants an account that has accepted a data set's terms."""
     cause = error
     while cause:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status in (401, 403) or type(cause).__name__ in ("GatedRepoError", "RepositoryNotFoundError"):
-            repo = "/".join(source.split("/")[:2])
-            return ValueError(f"the Hugging Face hub gives {repo} only to those who may have it: accept the terms at "
-                              f"https://huggingface.co/datasets/{repo}, then `hf auth login` or HF_TOKEN=...; or give --source=FOLDER_OR_TAR")
+            repo = re.match(r"[\w.-]+/[\w.-]+", place.removeprefix("hf://datasets/"))[0]
+            return ValueError(f"the Hugging Face hub has no {repo}, or not for everyone: accept the terms at https://huggingface.co/datasets/"
+                              f"{repo}, then `hf auth login` or HF_TOKEN=...; or give --source=FOLDER_OR_TAR")
         cause = cause.__cause__ or cause.__context__
     return ValueError(message or str(error))
 
@@ -403,7 +402,7 @@ def open_image(data, kind="files"):
     except Image.DecompressionBombError:
         raise ValueError(f"of more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except UnidentifiedImageError:
-        raise ValueError("no image, or cut short in its header") from None
+        raise ValueError("no image") from None
     except Exception:  # Pillow raises a dozen kinds for damaged headers
         raise ValueError("damaged") from None
 
