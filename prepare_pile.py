@@ -25,20 +25,13 @@ Memory does not grow with the input: 2 chunks of 1 MiB in flight per worker, and
 for documents of 60 MB.
 """
 import contextlib
-import fcntl
 import glob
 import importlib
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
 import zlib
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 import numpy as np
@@ -48,6 +41,7 @@ from batches import read_meta
 from common import StopSignal, input_errors, save_json
 from configurator import configure
 from text_files import CHUNK, OVERLONG, find_files, need, read_chunks
+from workers import NAMED, add_bad, bad_line, check_range, check_size, only_process, read_json, refuse_other, reopen, run_in_order
 
 try:
     from orjson import loads  # half the time of json, 5 % of the whole; what it refuses goes to json
@@ -78,7 +72,6 @@ safe_interval = 10.0                    # seconds between safe points: the work 
 SPLITS = ("train", "val", "test")
 MADE_WITH = ("source", "val_source", "test_source", "val_fraction", "test_fraction", "text_key", "max_document_mb", "tokenizer")
 EOT = "<|endoftext|>"
-NAMED = 5  # bad records named, per reason
 
 
 def main():
@@ -99,7 +92,7 @@ def main():
         os.makedirs(folder, exist_ok=True)
         for path in glob.glob(os.path.join(glob.escape(folder), "part_*.json")):
             refuse_other(folder, read_json(path)["settings"], made_with)
-        with only_process(os.path.join(folder, f".part_{shard_index:05d}.lock")):
+        with only_process(os.path.join(folder, f".part_{shard_index:05d}.lock"), f"part {shard_index}"):
             part = Part(folder, made_with, about["dtype"], files)
             stop = StopSignal()
             if not part.record["done"]:
@@ -115,39 +108,11 @@ def check_settings():
     """The settings that the ids depend on. Raises ValueError for values that make no sense."""
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
         raise ValueError(f"--val_fraction={val_fraction}, --test_fraction={test_fraction}: expects shares that leave some to train")
-    for name, least in (("num_shards", 1), ("shard_index", 0), ("shard_tokens", 1), ("max_document_mb", 1), ("workers", 0)):
-        if globals()[name] < least:
-            raise ValueError(f"--{name}={globals()[name]}: expects {least} or more")
+    check_range(globals(), num_shards=1, shard_index=0, shard_tokens=1, max_document_mb=1, workers=0)
     if shard_index >= num_shards:
         raise ValueError(f"--shard_index={shard_index}: expects 0 to {num_shards - 1} with --num_shards={num_shards}")
-    if dataset != os.path.basename(dataset) or dataset in ("", ".", ".."):
-        raise ValueError(f"--dataset={dataset}: expects a plain name; --data_dir says where its folder lies")
     auto = {"tokenizer": "byte" if source == "python" else "gpt2"} if tokenizer == "auto" else {}
     return {name: globals()[name] for name in MADE_WITH} | auto
-
-
-def refuse_other(folder, theirs, ours):
-    """Raises ValueError that names the first setting in which a folder begun earlier differs from this run."""
-    for name, value in ours.items():
-        if theirs.get(name) != value:
-            flag = name if " " in name else f"--{name}"
-            raise ValueError(f"{folder} was made with {flag}={theirs.get(name)}, not {value}: take another --dataset or delete it")
-
-
-@contextlib.contextmanager
-def only_process(path):
-    """Holds a lock file. The kernel lets go of it however this process ends; forked workers do not inherit it."""
-    with open(path, "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is at work on part {shard_index} ({path} is locked)") from None
-        yield
-
-
-def read_json(path):
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
 
 # ------------------------------------------------------------------------------------------------------- files of text
 
@@ -278,61 +243,38 @@ def tokenise(part, files, stop):
         print(f"going on behind chunk {at_chunk} of {files[at_file].path}: {part.tokens():,} tokens are done", flush=True)
     work = partial(encode_chunk, tokenizer=part.record["settings"]["tokenizer"], dtype=part.dtype, share=shares(files),
                    text_key=text_key, max_bytes=max_document_mb << 20)
-    n_workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    most, in_flight, pending, total = 2 * n_workers + 4, 0, deque(), sum(files[i].size for i in mine)
-    seen, bar, tokens = 0, None, part.tokens()
+    bar, tokens = None, part.tokens()
 
-    def take():
-        size, future, seen, *place = pending.popleft()
-        part.add(*future.result(), *place)
+    def chunks():
+        nonlocal bar
+        seen = 0
+        for i in mine:
+            for number, chunk in enumerate(read_chunks(files[i], text_key, max_document_mb << 20, CHUNK) if i >= at_file else (), 1):
+                if stop.signal:
+                    return
+                if i == at_file and number <= at_chunk or not by_file and (i + number) % num_shards != shard_index:
+                    continue
+                here = int(seen + files[i].size * chunk.seen)
+                if bar is None:  # only now, for what is skipped would pass for speed
+                    often = 0.5 if sys.stderr.isatty() else 10
+                    bar = tqdm(total=sum(files[i].size for i in mine), initial=here, unit="B", unit_scale=True, mininterval=often)
+                size = len(chunk.data) if chunk.kind != "parquet" else sum(len(str(text)) for text in chunk.data)
+                yield size, chunk, (here, i, number, files[i].path)
+            seen += files[i].size
+
+    def take(encoded, here, *place):
+        part.add(*encoded, *place)
         speed = (part.tokens() - tokens) / max(bar.format_dict["elapsed"], 1e-9)
         bar.set_postfix_str(f"{part.tokens():,} tokens, {speed / 1e6:.2f} M tokens/s", refresh=False)
-        bar.update(int(seen) - bar.n)
-        return size
+        bar.update(here - bar.n)
 
-    # fork: workers share what is imported and the vocabulary; no thread of ours runs yet
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     try:
-        with ProcessPoolExecutor(n_workers, mp_context=context, initializer=start_worker) as pool:
-            try:
-                for i in mine:
-                    for number, chunk in enumerate(read_chunks(files[i], text_key, max_document_mb << 20, CHUNK) if i >= at_file else (), 1):
-                        if stop.signal:
-                            return
-                        if i == at_file and number <= at_chunk or not by_file and (i + number) % num_shards != shard_index:
-                            continue
-                        size = len(chunk.data) if chunk.kind != "parquet" else sum(len(str(text)) for text in chunk.data)
-                        while pending and (len(pending) >= most or in_flight + size > most * CHUNK):
-                            in_flight -= take()
-                        here = seen + files[i].size * chunk.seen
-                        pending.append((size, pool.submit(work, chunk), here, i, number, files[i].path))
-                        in_flight += size
-                        if bar is None:  # only now, for what is skipped would pass for speed
-                            often = 0.5 if sys.stderr.isatty() else 10
-                            bar = tqdm(total=total, initial=int(here), unit="B", unit_scale=True, mininterval=often)
-                    seen += files[i].size
-            finally:  # also at a signal, and at a file that turns out to be damaged
-                while pending:
-                    take()
-                part.save()
-                if bar:
-                    bar.close()
-    except BrokenProcessPool:
-        time.sleep(0.5)  # who kills workers may mean this process too: a scheduler that signals every one
-        if stop.signal:
-            return
-        print("prepare_pile.py: a worker was killed (out of memory? lower --workers); the same command goes on", file=sys.stderr)
-        raise SystemExit(1) from None
-    part.record["done"] = True
-    part.save()
-
-
-def start_worker():
-    """Leaves Ctrl-C and signals to the group to the parent, and ends when that is gone, however it went."""
-    os.setpgrp()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+        if run_in_order(work, chunks(), take, part.save, stop, workers, CHUNK):
+            part.record["done"] = True
+            part.save()
+    finally:
+        if bar:
+            bar.close()
 
 # ------------------------------------------------------------------------------------------------------ tokens to files
 
@@ -358,12 +300,10 @@ class Part:
         for split, shard in self.shards():
             path, size = os.path.join(folder, shard["name"]), shard["tokens"] * np.dtype(dtype).itemsize
             path += "" if self.is_full(shard) else ".tmp"
-            if not os.path.exists(path) or os.path.getsize(path) < size:
-                raise ValueError(f"{path} is missing or shorter than {self.path} says: delete {folder} to begin anew")
-            if not self.is_full(shard):
-                self.open[split] = open(path, "r+b")
-                self.open[split].truncate(size)
-                self.open[split].seek(size)
+            if self.is_full(shard):
+                check_size(path, size, f"delete {folder} to begin anew")
+            else:
+                self.open[split] = reopen(path, size, self.path)
 
     def shards(self):
         return [(split, shard) for split in SPLITS for shard in self.record["splits"][split]["files"]]
@@ -393,7 +333,7 @@ class Part:
             mine["tokens"] += tokens
             mine["documents"] += documents
         for reason, (count, numbers) in bad.items():
-            add_bad(self.record, reason, count, [f"{path}:{number}" for number in numbers])
+            add_bad(self.record["bad_records"], reason, count, [f"{path}:{number}" for number in numbers])
         self.record["file"], self.record["chunk"] = file, chunk
         full = any(self.is_full(self.record["splits"][split]["files"][-1]) for split in self.open)
         if full or time.monotonic() - self.saved >= safe_interval:
@@ -433,16 +373,15 @@ def merge(folder, made_with, about):
                                  "files": [file for m in mine for file in m["files"]]}
     for part in parts:
         for reason, bad in part["bad_records"].items():
-            add_bad(meta, reason, bad["count"], bad["first"])
+            add_bad(meta["bad_records"], reason, bad["count"], bad["first"])
+    bad = f"; {bad_line(meta['bad_records'])}" if meta["bad_records"] else ""
     if not any(split["documents"] for split in meta["splits"].values()):
         for path in paths:  # so that another try may have other settings
             os.unlink(path)
-        raise ValueError(f"no documents in --source={source}" + (f"; {bad_line(meta)}" if meta["bad_records"] else ""))
+        raise ValueError(f"no documents in --source={source}{bad}")
     check_files(folder, meta, "copy it again")
     save_json(os.path.join(folder, "meta.json"), meta)
-    print(f"{folder} is finished: {totals(meta)}")
-    if meta["bad_records"]:
-        print(bad_line(meta))
+    print(f"{folder} is finished: {totals(meta)}{bad}")
     if empty := [split for split in SPLITS if not meta["splits"][split]["tokens"]]:
         print(f"note: no document fell to {' and '.join(empty)}; --val_fraction, --test_fraction, --val_source, --test_source say which do")
 
@@ -450,20 +389,7 @@ def merge(folder, made_with, about):
 def check_files(folder, meta, fix):
     for split in meta["splits"].values():
         for path, tokens in ((os.path.join(folder, file["name"]), file["tokens"]) for file in split["files"]):
-            if not os.path.exists(path) or os.path.getsize(path) != tokens * np.dtype(meta["dtype"]).itemsize:
-                raise ValueError(f"{path} is missing or not as long as it was: {fix}")
-
-
-def add_bad(record, reason, count, places):
-    bad = record["bad_records"].setdefault(reason, {"count": 0, "first": []})
-    bad["count"] += count
-    bad["first"] = (bad["first"] + places)[:NAMED]
-
-
-def bad_line(record):
-    return "bad records, left out: " + "; ".join(
-        f"{bad['count']:,} {reason} ({', '.join(bad['first'])}{', ...' * (bad['count'] > len(bad['first']))})"
-        for reason, bad in record["bad_records"].items())
+            check_size(path, tokens * np.dtype(meta["dtype"]).itemsize, fix)
 
 
 def totals(meta):

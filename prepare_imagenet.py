@@ -1,0 +1,576 @@
+"""
+Images in, uint8 pixels that trainers memory-map out: `data/NAME/`, as images.py reads it.
+
+    python prepare_imagenet.py --source=digits                       # scikit-learn's 1,797 handwritten digits; seconds, no download
+    python prepare_imagenet.py                                       # ImageNet-1k from the Hugging Face hub (accept its terms there first)
+    python prepare_imagenet.py --source=ILSVRC2012_img_train.tar     # a tar of a tar per class, as ImageNet hands it out
+    python prepare_imagenet.py --source=folder_or.tar --dataset=mine --short_side=64
+
+Sources: `digits`; a folder train/CLASS/*, with val/ (validation/) and test/ beside train/ where there are any, or CLASS/* alone; a
+.tar of such a folder; .parquet files (a folder of them or a Hugging Face dataset id) with columns image and label, named by
+split. Images: .jpeg .jpg .png .webp .bmp .gif .tif. Labels: classes sorted by name, or as the .parquet files have them.
+
+Splits: `test` is what the literature reports on, for ImageNet its official validation images.
+    train, val and test, labelled    as they are
+    train and val                    the source's val becomes test; val is --val_fraction of train, by hash of the image file's bytes
+    train alone                      val and test by hash, --val_fraction and --test_fraction of train
+A test split without labels, as ImageNet's, is left out.
+
+Images: the whole of each, resized (bicubic, antialiased: it keeps more for the crops that resample it again, and is done once)
+until the short side is --short_side, never enlarged. RGB whatever it was; transparency is dropped; EXIF orientation is not
+applied, which is ImageNet's convention. JPEGs are decoded at a fraction of their size where that is still twice --short_side.
+
+Disk for ImageNet-1k: 1,281,167 + 50,000 images, at the mean aspect ratio of 1.37 and at the bytes an image that 100 of them have
+(some are smaller than 256):
+    --short_side       64     128    160    224    256    320    384
+    GB, none smaller   22     90     140    274    358    560    806
+    GB, as those 100   22     89     139    266    343    520    647
+256 is the least at which evaluation as published, short side to 256 and crop of 224, is exact and a crop of the whole is not
+enlarged to 224; 384 would be twice the bytes, mostly for crops that are then reduced again.
+
+Killed at any instant and run again, it goes on from its last safe point and ends in the same bytes as an undisturbed run.
+meta.json, without which no trainer reads the folder, comes last; {split}.bin holds pixels (height, width, 3), image after image,
+{split}.idx their RECORDs. Unreadable images are left out, counted and named. Memory: MEMORY
+"""
+import functools
+import io
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tarfile
+import time
+import warnings
+import zlib
+from collections import Counter
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from common import StopSignal, input_errors, save_json
+from configurator import configure
+from text_files import InputError, find_files, first_line, need, split_in_name
+from workers import NAMED, add_bad, bad_line, check_range, check_size, only_process, read_json, refuse_other, reopen, run_in_order
+
+# ------------------------------------------------------------------------------------------------------------ settings
+# what to read
+source = "ILSVRC/imagenet-1k"  # digits, a folder, a .tar, or a Hugging Face dataset id
+val_fraction = 0.0             # share of train, by hash, where the source has no third split; 0: 1 % of 100,000 images and more, else 10 %
+test_fraction = 0.2            # share of train, by hash, where the source has neither val nor test
+image_key = "image"            # column of the image files (.parquet)
+label_key = "label"            # column of the class numbers (.parquet)
+# what to write
+dataset = "auto"               # name of the folder in data_dir; auto: digits for --source=digits, else imagenet
+data_dir = "data"              # folder of all data sets
+short_side = 256               # pixels of the shorter side as stored; images smaller than that are stored as they are
+# how
+workers = 0                    # processes that decode; 0: one per core
+safe_interval = 10.0           # seconds between safe points: the work that a kill can cost
+# ---------------------------------------------------------------------------------------------------------------------
+
+SPLITS = ("train", "val", "test")
+MADE_WITH = ("source", "val_fraction", "test_fraction", "image_key", "label_key", "short_side")
+RECORD = np.dtype([("offset", "<u8"), ("height", "<u2"), ("width", "<u2"), ("label", "<i4")])  # an image's, in {split}.idx; offset: bytes
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no others: Pillow would start Ghostscript for some
+CHUNK = 64     # images handed to a worker at once
+ROWS = 256     # and rows of a .parquet file at most, whose row groups are read from their beginning
+LONGEST = 65535
+
+
+def main():
+    """Makes the data set, or says that it is there."""
+    with input_errors("prepare_imagenet.py"):
+        made_with = check_settings()
+        folder = os.path.join(data_dir, dataset if dataset != "auto" else "digits" if source == "digits" else "imagenet")
+        path = os.path.join(folder, "meta.json")
+        if os.path.exists(path):
+            meta = read_json(path)
+            refuse_other(folder, meta["settings"], made_with)
+            check_files(folder, meta)
+            return print(f"{folder} is finished, nothing to do: {totals(meta)}")
+        data = find_images()
+        roles, share = divide(data.counts)
+        made_with["input images"] = f"{sum(data.counts.values())} ({data.names:08x})"
+        os.makedirs(folder, exist_ok=True)
+        with only_process(os.path.join(folder, ".lock")):
+            part = Part(folder, made_with)
+            stop = StopSignal()
+            if not part.record["done"]:
+                decode_all(part, data, roles, share, stop)
+            if part.record["done"]:
+                finish(part, data.classes)
+    if not part.record["done"]:
+        print(f"stopped by signal {stop.signal}; the same command goes on from here", flush=True)
+        raise SystemExit(128 + stop.signal)
+
+
+def check_settings():
+    """The settings that the pixels depend on. Raises ValueError for values that make no sense."""
+    if min(val_fraction, test_fraction) < 0 or (val_fraction or 0.1) + test_fraction >= 1:
+        raise ValueError(f"--val_fraction={val_fraction}, --test_fraction={test_fraction}: expects shares that leave some to train")
+    if short_side > LONGEST:
+        raise ValueError(f"--short_side={short_side}: expects {LONGEST} at most")
+    check_range(globals(), short_side=1, workers=0, safe_interval=0)
+    return {name: globals()[name] for name in MADE_WITH}
+
+
+def divide(counts):
+    """What becomes of the source's splits, {its: ours}, and which share of its train goes to val and test by hash. Says so."""
+    own = [split for split in SPLITS if counts[split]]
+    if "train" not in own:
+        raise ValueError(f"--source={source}: no images to train on; expects train/CLASS/*, CLASS/*, or train*.parquet")
+    val = val_fraction or (0.01 if counts["train"] >= 100_000 else 0.1)
+    roles, share = {split: split for split in own}, {"val": 0.0 if len(own) == 3 else val, "test": test_fraction if len(own) == 1 else 0.0}
+    if own == ["train", "val"]:
+        roles["val"] = "test"
+    print(f"{sum(counts.values()):,} images. " + "; ".join(
+        [f"{ours}: {counts[its]:,} of the source's {its}" for its, ours in roles.items() if its != "train"] +
+        [f"{split}: {part:.0%} of its train by hash" for split, part in share.items() if part]), flush=True)
+    return roles, share
+
+# -------------------------------------------------------------------------------------------------------------- sources
+
+class Chunk(NamedTuple):
+    """Some images that a worker reads by itself."""
+    kind: str    # files, rows, digits
+    path: str    # the folder, .tar or .parquet file that they are in
+    images: int
+    where: list | tuple  # files: (split, name, label, offset, size) each, offset -1 for a file of its own; rows: split, row group, first row
+
+
+class Source(NamedTuple):
+    classes: list    # names, in the order of the labels
+    counts: Counter  # images of each split
+    chunks: list
+    names: int       # checksum of what there is, so that a restart notices another source
+
+
+def find_images():
+    """The images of --source, the same chunks every time. Raises ValueError where there are none or they cannot be told apart."""
+    if source == "digits":
+        n = len(digits().target)
+        return Source([str(i) for i in range(10)], Counter(train=n), [Chunk("digits", "", min(ROWS, n - i), (i,)) for i in range(0, n, ROWS)], 0)
+    if os.path.isdir(source):
+        if found := list_folder(source):
+            return arrange(found)
+    elif os.path.exists(source) and not source.endswith(".parquet"):
+        return arrange(list_tar(source))
+    elif not os.path.exists(source) and not re.fullmatch(r"\w[\w.-]*/\w[\w./-]*", source):
+        raise ValueError(f"--source={source}: no such file or folder, and no Hugging Face id (org/name) either")
+    return list_parquet()
+
+
+def list_folder(root):
+    """(name, -1, 0) of each image below a folder, sorted."""
+    found = []
+    with tqdm(desc="listing", unit=" images", delay=10) as bar:
+        for folder, folders, names in os.walk(root, followlinks=True):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            below = os.path.relpath(folder, root).replace(os.sep, "/")
+            names = sorted(name for name in names if is_image(name))
+            found += [(f"{below}/{name}" if below != "." else name, -1, 0) for name in names]
+            bar.update(len(names))
+    return found
+
+
+def list_tar(path):
+    """(name, offset, size) of each image in a tar and the tars in it, as they lie there. Raises ValueError for what is no whole tar."""
+    try:
+        with open(path, "rb") as file, tqdm(desc="listing", total=os.path.getsize(path), unit="B", unit_scale=True, delay=10) as bar:
+            return list(tar_members(file, "", os.path.getsize(path), bar))
+    except (tarfile.TarError, EOFError) as error:
+        with open(path, "rb") as file:
+            head = file.read(6)
+        packed = head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK"))
+        raise ValueError(f"{path}: compressed; unpack it first, its images are read at their places in a plain .tar" if packed else
+                         f"{path}: no tar, damaged or cut short ({first_line(error)})") from None
+
+
+def tar_members(file, below, end, bar):
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # a kB each
+            if member.offset_data + member.size > end:
+                raise tarfile.ReadError(f"{below}{member.name} reaches beyond its end")
+            name = below + member.name.removeprefix("./")
+            if member.isreg() and name.lower().endswith(".tar"):
+                file.seek(member.offset_data)
+                yield from tar_members(file, name[:-4] + "/", member.offset_data + member.size, bar)
+            elif member.isreg() and is_image(os.path.basename(name)):
+                yield name, member.offset_data, member.size
+            bar.update(max(0, member.offset_data - bar.n))
+
+
+def is_image(name):
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def arrange(found):
+    """A Source from (name, offset, size) of files below train/CLASS, val/CLASS ... or CLASS, whatever folders lead there."""
+    folders = {name.rpartition("/")[0] for name, _, _ in found}
+    parts = {folder: folder.split("/") if folder else [] for folder in folders}
+    while len({tuple(p[:1]) for p in parts.values()}) == 1 and all(len(p) > 1 and p[0] != "train" for p in parts.values()):
+        parts = {folder: p[1:] for folder, p in parts.items()}
+    if any(p[0] == "train" and len(p) > 1 for p in parts.values() if p):
+        places = {folder: ("val" if p[0] == "validation" else p[0], p[1] if len(p) > 1 else "")
+                  for folder, p in parts.items() if p and p[0] in ("train", "val", "validation", "test")}
+    else:
+        places = {folder: ("train", p[0]) for folder, p in parts.items() if p}
+    classes = sorted({name for split, name in places.values() if split == "train" and name})
+    label = {name: i for i, name in enumerate(classes)}
+    for split in ("val", "test"):
+        strange = {folder: name for folder, (its, name) in places.items() if its == split and name not in label}
+        if split == "test" and all(folder in strange for folder, (its, _) in places.items() if its == split):
+            continue  # images without labels
+        if strange:
+            folder, name = min(strange.items())
+            raise ValueError(f"{source}: {folder} holds {split} images of " + (f"class {name!r}, which train has not" if name else "no class")
+                             + "; expects a folder per class, named as in train")
+    pictures, left_out, names = [], Counter(), 0
+    for name, offset, size in found:
+        split, its_class = places.get(name.rpartition("/")[0], ("", ""))
+        if its_class in label:
+            pictures.append((split, name, label[its_class], offset, size))
+            names = zlib.crc32(f"{name}:{size}\n".encode(errors="surrogateescape"), names)
+        else:
+            left_out[f"{split}: no labels" if split == "test" else "in no class folder"] += 1
+    for why, count in left_out.items():
+        print(f"note: {count:,} images are left out ({why})", flush=True)
+    chunks = [Chunk("files", source, len(some), some) for i in range(0, len(pictures), CHUNK) if (some := pictures[i:i + CHUNK])]
+    return Source(classes, Counter(picture[0] for picture in pictures), chunks, names)
+
+
+def list_parquet():
+    """A Source from .parquet files: the split is in a file's name, the rest in its footer."""
+    try:
+        files = [file for file in find_files(source) if file.name.endswith(".parquet")] if not has_no_parquet(source) else []
+    except ValueError as error:
+        raise explained(error, source) from None
+    if not files:
+        raise ValueError(f"--source={source}: expects images ({', '.join(SUFFIXES)}) in class folders, or .parquet files")
+    files = [file._replace(split=split_in_name(file.name) or "train") for file in files]
+    found, classes, stop = [], [], StopSignal()
+
+    def take(result, file):
+        found.append((file, result[0]))
+        classes.extend(() if classes or file.split != "train" else result[1])
+        bar.update()
+
+    work = functools.partial(footer, image_key=image_key, label_key=label_key)
+    with tqdm(desc="listing", total=len(files), unit=" files", delay=10) as bar:  # by the workers, for on the hub each takes a second
+        if not run_in_order(work, ((0, file.path, (file,)) for file in files), take, lambda: None, stop, workers, 0):
+            raise SystemExit(128 + stop.signal)
+    highest = {split: max((label for file, groups in found if file.split == split for _, label in groups), default=-1) for split in SPLITS}
+    for split in SPLITS:
+        if highest[split] < 0 and any(file.split == split for file in files):
+            print(f"note: the source's {split} split has no labels and is left out", flush=True)
+    chunks, counts, names = [], Counter(), 0
+    for file, groups in found:
+        names = zlib.crc32(repr((file.name, groups)).encode(), names)
+        for group, (rows, _) in enumerate(groups if highest[file.split] >= 0 else []):
+            counts[file.split] += rows
+            chunks += [Chunk("rows", file.path, min(ROWS, rows - first), (file.split, group, first)) for first in range(0, rows, ROWS)]
+    return Source(classes or [str(i) for i in range(max(highest.values()) + 1)], counts, chunks, names)
+
+
+def has_no_parquet(place):
+    return os.path.isdir(place) and not any(name.endswith(".parquet") for _, _, names in os.walk(place) for name in names)
+
+
+@contextmanager
+def parquet(path):
+    """A .parquet file, here or on the hub. Errors name it."""
+    try:
+        with need("huggingface_hub", path).HfFileSystem().open(path, block_size=8 << 20) if path.startswith("hf://") else open(path, "rb") as raw:
+            yield need("pyarrow.parquet", path).ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)
+    except InputError:
+        raise
+    except Exception as error:  # of pyarrow and the hub's clients, a dozen kinds
+        raise explained(error, path, f"{path}: damaged or cut short ({first_line(error)}); what is done is kept, "
+                        "and the same command goes on once the file is whole") from None
+
+
+def explained(error, place, message=""):
+    """A ValueError with a message, and with what to do where the hub wants an account that has accepted a data set's terms."""
+    cause = error
+    while cause:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status in (401, 403) or type(cause).__name__ in ("GatedRepoError", "RepositoryNotFoundError"):
+            repo = re.match(r"[\w.-]+/[\w.-]+", place.removeprefix("hf://datasets/"))[0]
+            return ValueError(f"the Hugging Face hub has no {repo}, or not for everyone: accept the terms at https://huggingface.co/datasets/"
+                              f"{repo}, then `hf auth login` or HF_TOKEN=...; or give --source=FOLDER_OR_TAR")
+        cause = cause.__cause__ or cause.__context__
+    return ValueError(message or str(error))
+
+
+def footer(path, image_key, label_key):
+    """[(rows, highest label) of each row group] and the names of the classes, [] where it has none, from a .parquet file."""
+    with parquet(path) as file:
+        schema, meta = file.schema_arrow, file.metadata
+        for key, flag in ((image_key, "--image_key"), (label_key, "--label_key")):
+            if key not in schema.names:
+                raise InputError(f"{path}: no column {key!r} among {', '.join(schema.names)}; {flag} names it")
+        if "int" not in str(schema.field(label_key).type):
+            raise InputError(f"{path}: {label_key!r} holds {schema.field(label_key).type}, not class numbers; --label_key names the column")
+        column, groups = [meta.schema.column(i).path for i in range(meta.num_columns)].index(label_key), []
+        for i in range(meta.num_row_groups):
+            statistics = meta.row_group(i).column(column).statistics
+            if statistics and statistics.has_min_max:
+                highest = statistics.max
+            else:
+                highest = max((x for x in file.read_row_group(i, [label_key], use_threads=False).column(0).to_pylist() if x is not None), default=-1)
+            groups.append((meta.row_group(i).num_rows, highest))
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    return groups, list(features.get(label_key, {}).get("names") or [])
+
+
+@functools.cache
+def digits():
+    return need("sklearn.datasets", "--source=digits").load_digits()
+
+# ------------------------------------------------------------------------------------------------------ images to pixels
+
+def decode_chunk(chunk, short_side, roles, share, n_classes, keys):
+    """What a worker does: {split: (records with offsets from 0, pixels as bytes, histogram (3, 256))}, {reason: (bad images, first names)}.
+
+    A pure function of its arguments and what they point to: workers know nothing of the settings.
+    """
+    made, bad = {}, {}
+    for split, name, label, data in read(chunk, keys):
+        try:
+            if label is None or not 0 <= label < n_classes:
+                raise ValueError(f"with a label that is none of the {n_classes} classes")
+            image = shrink(open_image(data, chunk.kind), short_side)
+        except ValueError as error:
+            bad.setdefault(str(error), []).append(name)
+            continue
+        u = zlib.crc32(data) / 2**32
+        split = roles[split] if split != "train" else "test" if u < share["test"] else "val" if u < share["test"] + share["val"] else "train"
+        records, pixels, histogram = made.setdefault(split, ([], [], np.zeros(3 * 256, dtype=np.int64)))
+        records.append((sum(map(len, pixels)), image.height, image.width, label))
+        pixels.append(image.tobytes())
+        histogram += image.histogram()
+    return ({split: (np.array(records, dtype=RECORD), b"".join(pixels), histogram.reshape(3, 256))
+             for split, (records, pixels, histogram) in made.items()},
+            {reason: (len(names), names[:NAMED]) for reason, names in bad.items()})
+
+
+def read(chunk, keys):
+    """(split, name, label, the image file's bytes or None) of each image of a chunk."""
+    if chunk.kind == "digits":
+        for i in range(chunk.where[0], chunk.where[0] + chunk.images):
+            yield "train", f"digit {i}", int(digits().target[i]), np.rint(digits().images[i] * (255 / 16)).astype(np.uint8).tobytes()
+    elif chunk.kind == "rows":
+        split, group, first = chunk.where
+        with parquet(chunk.path) as file:
+            rows = ((row[keys[0]], row[keys[1]]) for batch in file.iter_batches(16, row_groups=[group], columns=list(keys), use_threads=False)
+                    for row in batch.to_pylist())
+            for i, (image, label) in enumerate(islice(rows, first, first + chunk.images), first):
+                yield split, f"{chunk.path}:{group}:{i}", label, image.get("bytes") if isinstance(image, dict) else image
+    elif chunk.where[0][3] < 0:
+        for split, name, label, _, _ in chunk.where:
+            data = None
+            with suppress(OSError), open(os.path.join(chunk.path, name), "rb") as file:
+                data = file.read()
+            yield split, name, label, data
+    else:
+        with open(chunk.path, "rb") as file:
+            for split, name, label, offset, size in chunk.where:
+                file.seek(offset)
+                yield split, name, label, file.read(size)
+
+
+def open_image(data, kind="files"):
+    """A Pillow image, not yet decoded. Raises ValueError with the reason why not."""
+    if data is None:
+        raise ValueError("that cannot be read")
+    if not data:
+        raise ValueError("empty")
+    if kind == "digits":
+        return Image.frombytes("L", (8, 8), data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes half of what is refused
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ValueError(f"of more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except UnidentifiedImageError:
+        raise ValueError("no image") from None
+    except Exception:  # Pillow raises a dozen kinds for damaged headers
+        raise ValueError("damaged") from None
+
+
+def stored_size(image, short_side):
+    """(width, height) that an image is stored at."""
+    short = min(image.size)
+    return tuple(side if short <= short_side else round(side * short_side / short) for side in image.size)
+
+
+def shrink(image, short_side):
+    """The RGB image to store. Raises ValueError with the reason where it cannot be decoded or stored."""
+    size, box = stored_size(image, short_side), None
+    if max(size) > LONGEST:
+        raise ValueError(f"longer than {LONGEST:,} pixels")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if image.size != size and (drafted := image.draft("RGB", (2 * short_side, 2 * short_side))):  # JPEG alone
+                box = drafted[1]
+            if image.mode.startswith("I;16"):  # which Pillow would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError("of 32 bits a channel")
+            image = image.convert("RGB")
+            return image.resize(size, Image.Resampling.BICUBIC, box) if image.size != size else image
+    except Exception as error:  # of Pillow's many decoders
+        reason = str(error)
+        raise ValueError(reason if reason == "of 32 bits a channel" else "truncated" if "truncated" in reason else "damaged") from None
+
+# --------------------------------------------------------------------------------------------------------------- the work
+
+def decode_all(part, data, roles, share, stop):
+    """Hands chunks out, appends in order, until all is done or a signal came. What is done is safe however it ends."""
+    total, at, keys = sum(data.counts.values()), part.record["chunk"], (image_key, label_key)
+    mean = check_space(part, data, total, keys)
+    before = sum(chunk.images for chunk in data.chunks[:at])
+    if at:
+        print(f"going on behind image {before:,} of {total:,}", flush=True)
+    work = functools.partial(decode_chunk, short_side=short_side, roles=roles, share=share, n_classes=len(data.classes), keys=keys)
+
+    def take(result, number, images):
+        part.add(*result, number)
+        bar.set_postfix_str(f"{part.bytes() / 1e9:.2f} GB", refresh=False)
+        bar.update(images)
+
+    jobs = ((int(mean * chunk.images), chunk, (number, chunk.images)) for number, chunk in enumerate(data.chunks[at:], at + 1))
+    with tqdm(total=total, initial=before, unit=" images", mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+        if run_in_order(work, jobs, take, part.save, stop, workers, 32 << 20):
+            part.record["done"] = True
+            part.save()
+
+
+def check_space(part, data, total, keys):
+    """Mean bytes of an image as stored, of some 64 from all over the source. Raises ValueError where the disk is too small for them all."""
+    sizes = []
+    for chunk in data.chunks[::-(-len(data.chunks) // 8)]:
+        for _, _, _, image in islice(read(chunk, keys), 8):
+            with suppress(ValueError):
+                sizes.append(3 * math.prod(stored_size(open_image(image, chunk.kind), short_side)))
+    mean = sum(sizes) / max(len(sizes), 1)
+    need, free = mean * total - part.bytes(), shutil.disk_usage(part.folder).free
+    if need > free:
+        raise ValueError(f"{part.folder}: {need / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free; "
+                         "another --data_dir, or a smaller --short_side")
+    return mean
+
+
+class Part:
+    """What is written: pixel and index files, and a record of them and of the number of chunks that they hold.
+
+    The record is the truth, and is replaced whole at every safe point; after a kill the files are cut back to it. They are
+    called .tmp until the record says that all is done.
+    """
+
+    def __init__(self, folder, made_with):
+        self.folder, self.path = folder, os.path.join(folder, "part.json")
+        self.saved, self.open = time.monotonic(), {}
+        for stray in (name for name in os.listdir(folder) if name.startswith("part.json.tmp")):
+            os.unlink(os.path.join(folder, stray))
+        begun = os.path.exists(self.path)
+        self.record = read_json(self.path) if begun else {
+            "settings": made_with, "done": False, "chunk": 0, "bad_images": {}, "sums": [0] * 3, "squares": [0] * 3,  # of train's pixels
+            "splits": {split: {"images": 0, "files": [{"name": f"{split}.{kind}", "bytes": 0, "crc32": "00000000"} for kind in ("bin", "idx")]}
+                       for split in SPLITS}}
+        refuse_other(folder, self.record["settings"], made_with)
+        if self.record["done"]:
+            return self.name_files()
+        for file in self.files():
+            path = os.path.join(folder, file["name"]) + ".tmp"
+            if not begun:
+                open(path, "wb").close()
+            self.open[file["name"]] = reopen(path, file["bytes"], self.path)
+
+    def files(self):
+        return [file for split in self.record["splits"].values() for file in split["files"]]
+
+    def bytes(self):
+        return sum(file["bytes"] for file in self.files())
+
+    def add(self, made, bad, chunk):
+        """Appends what came of chunk number `chunk`, from 1."""
+        for split, (records, pixels, histogram) in made.items():
+            entry = self.record["splits"][split]
+            records["offset"] += entry["files"][0]["bytes"]
+            for file, data in zip(entry["files"], (pixels, records.tobytes())):
+                self.open[file["name"]].write(data)
+                file["crc32"] = f"{zlib.crc32(data, int(file['crc32'], 16)):08x}"
+                file["bytes"] += len(data)
+            entry["images"] += len(records)
+            if split == "train":
+                for name, power in (("sums", 1), ("squares", 2)):
+                    more = histogram @ np.arange(256)**power
+                    self.record[name] = [a + int(b) for a, b in zip(self.record[name], more)]
+        for reason, (count, names) in bad.items():
+            add_bad(self.record["bad_images"], reason, count, names)
+        self.record["chunk"] = chunk
+        if time.monotonic() - self.saved >= safe_interval:
+            self.save()
+
+    def save(self):
+        """A safe point: the files, then the record, then their names if all is done."""
+        for file in self.open.values():
+            file.flush()
+            os.fsync(file.fileno())
+        save_json(self.path, self.record)
+        if self.record["done"]:
+            self.name_files()
+        self.saved = time.monotonic()
+
+    def name_files(self):
+        for file in self.files():
+            path = os.path.join(self.folder, file["name"])
+            if os.path.exists(path + ".tmp"):
+                os.replace(path + ".tmp", path)
+            if file["name"] in self.open:
+                self.open.pop(file["name"]).close()
+
+
+def finish(part, classes):
+    """Writes meta.json."""
+    record, folder = part.record, part.folder
+    bad = f"; {bad_line(record['bad_images'], 'images')}" if record["bad_images"] else ""
+    if not record["splits"]["train"]["images"]:
+        for path in (part.path, *(os.path.join(folder, file["name"]) for file in part.files())):  # so that another try may have other settings
+            os.unlink(path)
+        raise ValueError(f"no images to train on in --source={source}{bad}")
+    n = record["splits"]["train"]["files"][0]["bytes"] // 3
+    moments = list(zip(record["sums"], record["squares"]))
+    meta = {"kind": "images", "classes": classes, "short_side": short_side, "mean": [s / (255 * n) for s, _ in moments],
+            "std": [math.sqrt((n * q - s * s) / (255 * n)**2) for s, q in moments], "source": source, "checksum": "crc32",
+            **{name: record[name] for name in ("splits", "bad_images", "settings")}}
+    check_files(folder, meta)
+    save_json(os.path.join(folder, "meta.json"), meta)
+    print(f"{folder} is finished: {totals(meta)}{bad}")
+    if empty := [split for split in SPLITS if not meta["splits"][split]["images"]]:
+        print(f"note: no image fell to {' and '.join(empty)}; --val_fraction, --test_fraction say which do")
+
+
+def check_files(folder, meta):
+    for file in (file for split in meta["splits"].values() for file in split["files"]):
+        check_size(os.path.join(folder, file["name"]), file["bytes"], f"copy it again, or delete {folder} and run this again")
+
+
+def totals(meta):
+    return ", ".join(f"{name} {split['images']:,} images" for name, split in meta["splits"].items()) + f" of {len(meta['classes'])} classes"
+
+
+if __name__ == "__main__":
+    configure(globals())
+    main()
