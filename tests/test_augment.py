@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
+from scipy import stats
 from sklearn.datasets import load_sample_images
 
 import augment
@@ -179,7 +180,6 @@ def test_uniform_is_a_function_of_seed_purpose_and_number():
 
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 0.8, 1.0, 1.5, 4.0])
 def test_beta(alpha):
-    stats = pytest.importorskip("scipy.stats")
     n = 50_000
     x = beta(alpha, 5, "mixup", np.arange(n))
     closed = stats.beta(alpha, alpha)
