@@ -18,6 +18,24 @@ from common import all_sum, print0, to_json
 
 # ------------------------------------------------------------------------------------------------------- begin and resume
 
+def check_settings(settings, world):
+    """Raises ValueError naming the setting, its value and the fix, for the settings that every trainer has."""
+    total, batch = settings["total_batch_size"], settings["batch_size"]
+    if total < 1 or batch < 1 or total % (batch * world.size):
+        raise ValueError(f"--total_batch_size={total} is not a multiple of batch_size * processes = {batch} * {world.size}: change one of them")
+    for name, value in settings.items():
+        if isinstance(value, (int, float)) and value < 0:
+            raise ValueError(f"--{name}={value} must not be negative")
+        if type(value) is int and value >= 2**31:
+            raise ValueError(f"--{name}={value} is too large")
+        if name in ("beta1", "beta2", "dropout", "drop_path", "label_smoothing") and value >= 1:
+            raise ValueError(f"--{name}={value} is not in [0, 1)")
+        if name in ("log_interval", "eval_interval", "eval_iters", "block_size", "image_size") and value < 1:
+            raise ValueError(f"--{name}={value} must be at least 1")
+    if settings["compile"] not in ("auto", "true", "false"):
+        raise ValueError(f"--compile={settings['compile']}: expects auto, true or false")
+
+
 def find_run(out_dir, init_from, overwrite, eval_only):
     """(path of the run's ckpt.pt, whether to resume from it). Raises ValueError where the folder or the flags do not allow what is asked."""
     os.makedirs(out_dir, exist_ok=True)

@@ -25,7 +25,7 @@ from common import StopSignal, all_sum, init_dist, input_errors, load, peak_flop
 from configurator import configure, current
 from families import attention_layers
 from model import GPT, decay_groups, init_weights, load_gpt, load_optimizers, make_optimizers
-from runs import check_resume, end, find_run, make_data, parse_steps, read_steps, start_log, stopped
+from runs import check_resume, check_settings, end, find_run, make_data, parse_steps, read_steps, start_log, stopped
 from spectra import summary
 from tasks import TASKS, TaskSplit
 
@@ -118,27 +118,6 @@ def get_lr(step):
     done = (step - warmup_iters) / max(1, max_iters - warmup_iters)
     return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
 
-
-def check_settings(world):
-    """Raises ValueError naming the setting, its value and the fix."""
-    if total_batch_size < 1 or batch_size < 1 or total_batch_size % (batch_size * world.size):
-        raise ValueError(f"--total_batch_size={total_batch_size} is not a multiple of batch_size * processes = "
-                         f"{batch_size} * {world.size}: change one of them")
-    for name, value in current(globals()).items():
-        if isinstance(value, (int, float)) and value < 0:
-            raise ValueError(f"--{name}={value} must not be negative")
-        if type(value) is int and value >= 2**31:
-            raise ValueError(f"--{name}={value} is too large")
-    if not 0 <= beta1 < 1 or not 0 <= beta2 < 1:
-        raise ValueError(f"--beta1={beta1}, --beta2={beta2} are not in [0, 1)")
-    for name in ("log_interval", "eval_interval", "eval_iters", "block_size"):
-        if globals()[name] < 1:
-            raise ValueError(f"--{name}={globals()[name]} must be at least 1")
-    if compile not in ("auto", "true", "false"):
-        raise ValueError(f"--compile={compile}: expects auto, true or false")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"--dropout={dropout} is not in [0, 1)")
-
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
 @torch.no_grad()
@@ -180,7 +159,7 @@ def main():
         stop = StopSignal()
         world = init_dist(device)
         first = world.rank == 0
-        check_settings(world)
+        check_settings(current(globals()), world)
         amp = pick_dtype(dtype, world.device)
         snapshots = parse_steps(snapshot_steps, max_iters)
         latest, resume = find_run(out_dir, init_from, overwrite, eval_only)

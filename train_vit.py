@@ -31,7 +31,7 @@ from configurator import configure, current
 from families import attention_layers
 from images import ImageSplit, centre_crops
 from model import ViT, decay_groups, init_weights, load_optimizers, load_vit, make_optimizers, vit_size
-from runs import check_resume, end, find_run, make_data, parse_steps, read_steps, start_log, stopped
+from runs import check_resume, check_settings, end, find_run, make_data, parse_steps, read_steps, start_log, stopped
 from spectra import summary
 
 # --------------------------------------------------------------------------------------------------------------- settings
@@ -160,24 +160,9 @@ def get_lr(step, steps):
     return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
 
 
-def check_settings(world):
+def check_images(world):
     """Raises ValueError naming the setting, its value and the fix."""
-    if total_batch_size < 1 or batch_size < 1 or total_batch_size % (batch_size * world.size):
-        raise ValueError(f"--total_batch_size={total_batch_size} is not a multiple of batch_size * processes = "
-                         f"{batch_size} * {world.size}: change one of them")
-    for name, value in current(globals()).items():
-        if isinstance(value, (int, float)) and value < 0:
-            raise ValueError(f"--{name}={value} must not be negative")
-        if type(value) is int and value >= 2**31:
-            raise ValueError(f"--{name}={value} is too large")
-    for name in ("beta1", "beta2", "dropout", "drop_path", "label_smoothing"):
-        if not 0 <= globals()[name] < 1:
-            raise ValueError(f"--{name}={globals()[name]} is not in [0, 1)")
-    for name in ("log_interval", "eval_interval", "eval_iters", "image_size"):
-        if globals()[name] < 1:
-            raise ValueError(f"--{name}={globals()[name]} must be at least 1")
-    if compile not in ("auto", "true", "false"):
-        raise ValueError(f"--compile={compile}: expects auto, true or false")
+    check_settings(current(globals()), world)
     if eval_resize < image_size:
         raise ValueError(f"--eval_resize={eval_resize} must be at least --image_size={image_size}, which is cut out of it")
     if (mixup or cutmix) and batch_size % 2:
@@ -231,7 +216,7 @@ def main():
         stop = StopSignal()
         world = init_dist(device)
         first = world.rank == 0
-        check_settings(world)
+        check_images(world)
         amp = pick_dtype(dtype, world.device)
         latest, resume = find_run(out_dir, init_from, overwrite, eval_only)
         if world.size > 1:
