@@ -343,23 +343,30 @@ def decode_chunk(chunk, short_side, roles, share, n_classes, keys):
     A pure function of its arguments and what they point to: workers know nothing of the settings.
     """
     made, bad = {}, {}
-    for split, name, label, data in read(chunk, keys):
-        try:
-            if label is None or not 0 <= label < n_classes:
-                raise ValueError(f"with a label that is none of the {n_classes} classes")
-            image = shrink(open_image(data, chunk.kind), short_side)
-        except ValueError as error:
-            bad.setdefault(str(error), []).append(name)
-            continue
-        u = zlib.crc32(data) / 2**32
-        split = roles[split] if split != "train" else "test" if u < share["test"] else "val" if u < share["test"] + share["val"] else "train"
-        records, pixels, histogram = made.setdefault(split, ([], [], np.zeros(3 * 256, dtype=np.int64)))
-        records.append((sum(map(len, pixels)), image.height, image.width, label))
-        pixels.append(image.tobytes())
-        histogram += image.histogram()
-    return ({split: (np.array(records, dtype=RECORD), b"".join(pixels), histogram.reshape(3, 256))
-             for split, (records, pixels, histogram) in made.items()},
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on what it can read nevertheless
+        for split, name, label, data in read(chunk, keys):
+            try:
+                if label is None or not 0 <= label < n_classes:
+                    raise ValueError(f"with a label that is none of the {n_classes} classes")
+                image = shrink(open_image(data, chunk.kind), short_side)
+            except ValueError as error:
+                bad.setdefault(str(error), []).append(name)
+                continue
+            u = zlib.crc32(data) / 2**32
+            split = roles[split] if split != "train" else "test" if u < share["test"] else "val" if u < share["test"] + share["val"] else "train"
+            records, pixels, histograms = made.setdefault(split, ([], [], []))
+            records.append((0, image.height, image.width, label))
+            pixels.append(image.tobytes())
+            histograms.append(image.histogram())
+    return ({split: pack(*images) for split, images in made.items()},
             {reason: (len(names), names[:NAMED]) for reason, names in bad.items()})
+
+
+def pack(records, pixels, histograms):
+    records = np.array(records, dtype=RECORD)
+    records["offset"][1:] = np.cumsum([len(image) for image in pixels[:-1]])
+    return records, b"".join(pixels), np.sum(histograms, axis=0).reshape(3, 256)
 
 
 def read(chunk, keys):
@@ -396,9 +403,7 @@ def open_image(data, kind="files"):
     if kind == "digits":
         return Image.frombytes("L", (8, 8), data)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes half of what is refused
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise ValueError(f"of more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except UnidentifiedImageError:
@@ -419,16 +424,14 @@ def shrink(image, short_side):
     if max(size) > LONGEST:
         raise ValueError(f"longer than {LONGEST:,} pixels")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if image.size != size and (drafted := image.draft("RGB", (2 * short_side, 2 * short_side))):  # JPEG alone
-                box = drafted[1]
-            if image.mode.startswith("I;16"):  # which Pillow would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                raise ValueError("of 32 bits a channel")
-            image = image.convert("RGB")
-            return image.resize(size, Image.Resampling.BICUBIC, box) if image.size != size else image
+        if image.size != size and (drafted := image.draft("RGB", (2 * short_side, 2 * short_side))):  # JPEG alone
+            box = drafted[1]
+        if image.mode.startswith("I;16"):  # which Pillow would clip at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError("of 32 bits a channel")
+        image = image.convert("RGB")
+        return image.resize(size, Image.Resampling.BICUBIC, box) if image.size != size else image
     except Exception as error:  # of Pillow's many decoders
         reason = str(error)
         raise ValueError(reason if reason == "of 32 bits a channel" else "truncated" if "truncated" in reason else "damaged") from None
@@ -459,6 +462,7 @@ def decode_all(part, data, roles, share, stop):
 def check_space(part, data, total, keys):
     """Mean bytes of an image as stored, of some 64 from all over the source. Raises ValueError where the disk is too small for them all."""
     sizes = []
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is twice as large is refused
     for chunk in data.chunks[::-(-len(data.chunks) // 8)]:
         for _, _, _, image in islice(read(chunk, keys), 8):
             with suppress(ValueError):
