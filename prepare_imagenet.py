@@ -33,7 +33,8 @@ meta.json, without which no trainer reads the folder, comes last; {split}.bin ho
 {split}.idx their RECORDs. Unreadable images are left out, counted and named.
 
 Memory does not grow with the images but for their list: 2 chunks of 64 in flight per worker, 17 MB each at 256. Measured, all
-processes together: 310 MiB with 2 workers at 256; 0.4 GiB more for a list of 1.28 million files of a folder or tar.
+processes together: 310 MiB with 2 workers at 256; 0.4 GiB more for a list of 1.28 million files of a folder or tar. One process writes for
+all workers, 1.2 ms an image at 256 where decoding took 5.7 (measured): beyond some 5 cores it is what limits.
 """
 import functools
 import io
@@ -267,7 +268,7 @@ def list_parquet():
         bar.update()
 
     work = functools.partial(footer, image_key=image_key, label_key=label_key)
-    with tqdm(desc="listing", total=len(files), unit=" files", delay=10) as bar:  # by the workers, for on the hub each takes a second
+    with tqdm(desc="listing", total=len(files), unit=" files", delay=10) as bar:  # by the workers: on the hub there are 300
         if not run_in_order(work, ((0, file.path, (file,)) for file in files), take, lambda: None, stop, workers, 0):
             raise SystemExit(128 + stop.signal)
     highest = {split: max((label for file, groups in found if file.split == split for _, label in groups), default=-1) for split in SPLITS}
