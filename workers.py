@@ -85,8 +85,11 @@ def only_process(path, what="this data set"):
 # ------------------------------------------------------------------------------------------------------ files and checks
 
 def read_json(path):
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete {os.path.dirname(path)} to begin anew") from None
 
 
 def check_range(settings, **least):
