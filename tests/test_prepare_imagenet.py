@@ -13,14 +13,16 @@ import tarfile
 import time
 import types
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import image_files
 import prepare_imagenet
 from batches import crc32
-from prepare_imagenet import RECORD
+from images import RECORD
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 fork = multiprocessing.get_context("fork")
@@ -32,8 +34,8 @@ PHOTO = Image.fromarray(sklearn_datasets.load_sample_image("china.jpg"))  # 640 
 def prepare(tmp_path, monkeypatch, capfd):
     """Runs prepare_imagenet.main() with these settings; returns (exit status, output). Chunks are small, so that there are many."""
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    monkeypatch.setattr(prepare_imagenet, "CHUNK", 4)
-    monkeypatch.setattr(prepare_imagenet, "ROWS", 4)
+    monkeypatch.setattr(image_files, "CHUNK", 4)
+    monkeypatch.setattr(image_files, "ROWS", 4)
 
     def run(**settings):
         for name, value in ({"data_dir": str(tmp_path / "data"), "dataset": "x", "workers": 2, "short_side": 24} | settings).items():
@@ -297,7 +299,7 @@ def test_train_alone_is_split_by_hash(prepare, tmp_path):
     ((10, 0, 5), {"train": "train", "test": "test"}, {"val": 0.1, "test": 0.0}),
     ((10, 5, 5), {"train": "train", "val": "val", "test": "test"}, {"val": 0.0, "test": 0.0})])
 def test_what_becomes_of_the_sources_splits(counts, roles, share):
-    assert prepare_imagenet.divide(prepare_imagenet.Counter(dict(zip(("train", "val", "test"), counts)))) == (roles, share)
+    assert prepare_imagenet.divide(Counter(dict(zip(("train", "val", "test"), counts)))) == (roles, share)
 
 
 def test_strange_folders(prepare, tmp_path):
