@@ -240,11 +240,14 @@ def collect(cells, results, failed, free):
             row.update({name: value for name, value in result.items() if name not in free and name not in row})
             log = measurements(os.path.join(cell.folder, "log.jsonl"))
             for line in log:
-                curves.append({"cell": cell.name, **cell.values, **{name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in line.items()}})
-            norms = [line["norm_all"] for line in log if "norm_all" in line]
-            if norms:
-                row.update({name: x for name, x in [line for line in log if "norm_all" in line][-1].items() if name.startswith(("attn_", "layer"))},
-                           norm_all_first=norms[0], norm_all_last=norms[-1], norm_growth=norms[-1] / norms[0])
+                curves.append({"cell": cell.name, **cell.values, **{name: f"{value:.6g}" for name, value in line.items()}})
+            ranked = [line for line in log if "norm_all" in line]
+            if ranked:
+                first, last = ranked[0], ranked[-1]
+                row.update({name: value for name, value in last.items() if name.startswith(("attn_", "layer"))})
+                for name in [name for name in last if name.startswith("norm_")]:
+                    row.update({f"{name}_first": first[name], f"{name}_last": last[name]})
+                row["norm_growth"] = last["norm_all"] / first["norm_all"]
         summary.append(row)
     return summary, curves
 
@@ -254,7 +257,8 @@ def measurements(path):
     steps = {}
     with open(path, encoding="utf-8") as file:
         for line in map(json.loads, file):
-            kept = {name: value for name, value in line.items() if name.startswith(("attn_", "layer", "norm_", "val_"))}
+            kept = {name: math.nan if value is None else value for name, value in line.items()  # null: it was not finite
+                    if name.startswith(("attn_", "layer", "norm_", "val_"))}
             if kept:
                 steps.setdefault(line["step"], {"step": line["step"]}).update(kept)
     return list(steps.values())
