@@ -300,9 +300,9 @@ def t_quantile(df, p=0.975):
 
 
 def interval(values):
-    """(mean, sample standard deviation, low, high) with the 95 % t interval of the mean; nan where one value is not enough."""
+    """(mean, sample standard deviation, low, high) with the 95 % t interval of the mean; nan where one value is not enough, or none is."""
     mean = statistics.fmean(values)
-    if len(values) < 2:
+    if len(values) < 2 or not math.isfinite(mean):
         return mean, math.nan, math.nan, math.nan
     sd = statistics.stdev(values)
     half = t_quantile(len(values) - 1) * sd / math.sqrt(len(values))
