@@ -387,12 +387,12 @@ def setting_of(name, path):
     return float(varied(name)["attn_wd"])
 
 
-def rest_of(names, given):
-    """{name: what varies between runs beside `given` and the seed, as text}; settings that `given` determine are left out."""
+def rest_of(names, given, always=""):
+    """{name: what varies between runs beside `given` and the seed, as text}; settings that `given` determine are left out, but for `always`."""
     settings = {name: varied(name) for name in names}
     key = {name: tuple(x.get(k) for k in given) for name, x in settings.items()}
     keys = [k for k in dict.fromkeys(k for x in settings.values() for k in x) if k not in (*given, "seed")
-            and len({(key[name], x.get(k)) for name, x in settings.items()}) > len(set(key.values()))]
+            and (k == always or len({(key[name], x.get(k)) for name, x in settings.items()}) > len(set(key.values())))]
     return {name: ", ".join(f"{k}={x[k]}" for k in keys if k in x) for name, x in settings.items()}
 
 
@@ -408,7 +408,7 @@ def rank_points(path):
         rest = rest_of([row["cell"] for row in rows], ("attn_wd",))
         points = [{"wd": float(row["attn_wd"]), "rest": rest[row["cell"]], "layer": ("", int(layer[5:])), "product": product,
                    "rank": float(row[f"{layer}_rank95_{product}"])} for row in rows for layer in layers for product in PRODUCTS]
-        return points, "layer's mean over heads in a run", int(rows[0]["n_embd"]) // int(rows[0]["n_head"])
+        return points, "layer (mean over its heads) of every run", int(rows[0]["n_embd"]) // int(rows[0]["n_head"])
     read(path, KEYS)
     rank, runs = rank_column(path, rows), {}
     for row in rows:
@@ -440,7 +440,7 @@ def f3a(path, chosen=()):
                     ax.scatter([k + beside for k, ranks in enumerate(at) for _ in ranks], sum(at, []), s=14, color=COLOURS[i % len(COLOURS)],
                                marker=MARKERS[i % len(MARKERS)], alpha=0.6, linewidth=0)
                     ax.plot([k + beside for k, ranks in enumerate(at) if ranks], [np.mean(ranks) for ranks in at if ranks], linewidth=1,
-                            color=COLOURS[i % len(COLOURS)], label=group or f"mean; dots: each {what}")
+                            color=COLOURS[i % len(COLOURS)], label=group)
                 ax.set_title(f"{symbol}, layer {' '.join(map(str, layer)).strip()}")
         for ax in axes[-1]:
             ax.set_xticks(range(len(wds)), [f"{wd:g}" for wd in wds])
@@ -448,7 +448,9 @@ def f3a(path, chosen=()):
         for ax in axes[:, 0]:
             ax.set_ylabel(f"rank95 (heads of width {width})")
         axes[0, 0].set_ylim(0, 1.03 * width)
-        legend(fig, axes[0, 0], len(groups))
+        fig.supxlabel(f"dots: each {what}; lines: their mean", fontsize=8)
+        if any(groups):
+            legend(fig, axes[0, 0], len(groups))
         return write(fig, os.path.dirname(path), "f3a")
 
 
@@ -465,14 +467,16 @@ def f3b(path):
                 at = {k: ranks for k, ranks in at.items() if ranks}
                 low, high = np.array([np.quantile(ranks, (0.25, 0.75)) for ranks in at.values()]).T
                 ax.plot(list(at), [np.mean(ranks) for ranks in at.values()], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)],
-                        markersize=4, label=group or f"mean over heads and layers; band: middle half, by {what}")
+                        markersize=4, label=group)
                 ax.fill_between(list(at), low, high, color=COLOURS[i % len(COLOURS)], alpha=0.15, linewidth=0)
             ax.set_title(symbol)
             ax.set_xlabel("attn_wd")
             ax.set_xticks(range(len(wds)), [f"{wd:g}" for wd in wds])
         axes[0].set_ylabel(f"rank95 (heads of width {width})")
         axes[0].set_ylim(0, 1.03 * width)
-        legend(fig, axes[0], len(groups))
+        fig.supxlabel(f"lines: mean over heads and layers; bands: the middle half, of every {what}", fontsize=8)
+        if any(groups):
+            legend(fig, axes[0], len(groups))
         return write(fig, os.path.dirname(path), "f3b")
 
 
@@ -496,7 +500,7 @@ def n3(path):
 
 def grid_figure(path, rows, figure, given, value, label, colours, centred=False):
     """A heatmap of the mean of column `value` over the two settings `given` (rows, columns), a panel for each combination of the rest."""
-    rest = rest_of([row["cell"] for row in rows], given)
+    rest = rest_of([row["cell"] for row in rows], given, always="optimizer")
     panels = {}
     for row in rows:
         x = float(row[value] or "nan") if row["status"] == "done" else None
@@ -533,7 +537,7 @@ def grid_figure(path, rows, figure, given, value, label, colours, centred=False)
             ax.set_xticks(range(len(widths)), [f"{x:g}" for x in widths])
             ax.set_yticks(range(len(heights)), [f"{y:g}" for y in heights])
             ax.set(title=title, xlabel=given[1], ylabel=given[0])
-        fig.colorbar(shown, ax=axes, label=label)
+        fig.colorbar(shown, ax=axes, label=label, format="%.3g").ax.yaxis.set_minor_formatter("{x:.3g}")
         return write(fig, os.path.dirname(path), figure)
 
 
@@ -573,7 +577,7 @@ def over_training(folder):
                     ax.fill_between(t, [v.min() for v in values], [v.max() for v in values], color=colour, alpha=0.2, linewidth=0)
                 ax.set_title(label + f", {group}" * bool(group))
             for ax in line[:2]:
-                ax.set_ylim(bottom=0)
+                ax.set_ylim(0, 1.04 * ax.get_ylim()[1])
             if not accuracy:
                 line[2].set_yscale("log")
                 line[2].yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -593,9 +597,11 @@ def sweep(folder):
     rows = read(path, ("cell", "status"))
     if not any(row["status"] == "done" and row.get("norm_all_last") for row in rows):
         return []
-    varies = {name for row in rows for name in varied(row["cell"]) if len({varied(row["cell"]).get(name) for row in rows}) > 1}
-    apart = "mlp_wd" in varies and any(rest_of([row["cell"] for row in rows], ("attn_wd",)).values())
-    drawn = [t1(path)] if apart and "attn_wd" in varies else []
+    runs = [varied(row["cell"]) for row in rows]
+    varies = {name for run in runs for name in run if len({x.get(name) for x in runs}) > 1}
+    pairs = {(run.get("attn_wd"), run.get("mlp_wd")) for run in runs}
+    apart = len(pairs) > max(len({pair[i] for pair in pairs}) for i in (0, 1))
+    drawn = [t1(path)] if apart else []
     if {"learning_rate", "attn_wd"} <= varies:
         return [*drawn, n3(path)]
     return [*drawn, f3a(path), f3b(path), over_training(folder)] if "attn_wd" in varies else drawn

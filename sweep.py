@@ -209,14 +209,15 @@ def run(cells, path, stop):
         for process in [process for process in running if process.poll() is not None]:
             cell, slot, start = running.pop(process)
             free_slots.append(slot)
-            took.append(time.monotonic() - start)
-            why = reason(cell, process.returncode)
+            seconds, why = time.monotonic() - start, reason(cell, process.returncode)
             if why:
                 failed[cell.name] = why
+            else:
+                took.append(seconds)
             busy = sum(time.monotonic() - start for *_, start in running.values())
-            left = (statistics.mean(took) * (len(waiting) + len(running)) - busy) / at_once
-            print(f"[{len(cells) - len(waiting) - len(running)}/{len(cells)}] {cell.name} {'FAILED' if why else 'done'} in {time_left(took[-1])}; "
-                  f"{len(running)} running, {time_left(max(0, left))} left", flush=True)
+            left = (statistics.mean(took) * (len(waiting) + len(running)) - busy) / at_once if took else 0
+            print(f"[{len(cells) - len(waiting) - len(running)}/{len(cells)}] {cell.name} {'FAILED' if why else 'done'} in {time_left(seconds)}; "
+                  f"{len(running)} running" + f", {time_left(max(0, left))} left" * bool(took), flush=True)
     return failed
 
 
