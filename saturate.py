@@ -130,6 +130,7 @@ def hugging_face_net(path, device, dtype):
 
 def wrap_hugging_face(whole, path, device, dtype):
     """A Net of a transformers model with eager attention."""
+    from transformers import AutoModel
     settings = whole.config
     model = (whole.get_encoder() if getattr(settings, "is_encoder_decoder", False) else whole).to(device, dtype).eval().requires_grad_(False)
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == getattr(settings, "num_hidden_layers", -1)]
@@ -148,7 +149,7 @@ def wrap_hugging_face(whole, path, device, dtype):
     def fresh():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            new = type(whole)._from_config(copy.deepcopy(settings), attn_implementation="eager")
+            new = AutoModel.from_config(copy.deepcopy(settings), attn_implementation="eager")
         return wrap_hugging_face(new, path, device, dtype)
 
     no_cache = {"use_cache": False} if getattr(settings, "use_cache", False) else {}
@@ -264,7 +265,7 @@ def alike(a, b):
     a, b = (x.flatten(0, -2).double() if x.device.type != "mps" else x.flatten(0, -2) for x in (a, b))
     norm_a, norm_b = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (a, b))
     some = ((norm_a > 0) & (norm_b > 0))[:, 0]
-    unit = [x[some] / norm[some] for x, norm in ((a, norm_a), (b, norm_b))]  # divided first: squares of large states are never formed
+    unit = [x[some] / norm[some] for x, norm in ((a, norm_a), (b, norm_b))]  # divided first: |a| |b| may be beyond what is held
     cosine = (unit[0] * unit[1]).sum() + ((norm_a == 0) & (norm_b == 0)).sum()
     return np.array([float(cosine), float((norm_b[some] / norm_a[some]).log().sum()), len(a)])
 
