@@ -138,7 +138,7 @@ def wrap_hugging_face(whole, path, device, dtype):
         raise ValueError(f"{path}: {type(model).__name__} has no list of num_hidden_layers blocks over tokens; text models are what is measured")
 
     def run(batch, see=None):
-        out = model(input_ids=batch, output_attentions=see is not None, **({} if model is not whole else no_cache))
+        out = model(input_ids=batch, output_attentions=see is not None, **no_cache)
         attentions = out.attentions if see else ()
         if see and (attentions is None or len(attentions) != len(lists[0])):
             raise ValueError(f"{path}: {type(model).__name__} does not return its attention weights; --heads=False measures the rest")
@@ -152,7 +152,7 @@ def wrap_hugging_face(whole, path, device, dtype):
             new = AutoModel.from_config(copy.deepcopy(settings), attn_implementation="eager")
         return wrap_hugging_face(new, path, device, dtype)
 
-    no_cache = {"use_cache": False} if getattr(settings, "use_cache", False) else {}
+    no_cache = {"use_cache": False} if model is whole and getattr(settings, "use_cache", False) else {}
     T = min(256, getattr(settings, "max_position_embeddings", None) or 256)
     limit = (torch.finfo(torch.float32).max / settings.hidden_size)**0.5  # RMS norms square in float32 whatever the model is in
     return Net(model, run, lists[0], limit, fresh, {}, settings.vocab_size, T, f"{type(model).__name__} of transformers")
@@ -185,7 +185,7 @@ def open_batches(path, net, device, dtype):
     Raises ValueError where the data does not fit the model."""
     name = dataset or net.config.get("dataset", "")
     T = min(block_size or net.T, net.T)
-    if net.tokens and not name:
+    if not name:
         if "transformers" not in net.about:
             raise ValueError(f"{path} does not say what it was trained on: --dataset=NAME (a folder in --data_dir={data_dir})")
         numbers = np.random.default_rng(seed).integers(net.tokens, size=(samples, T))

@@ -247,7 +247,7 @@ def test_a_run_folder_over_training(tmp_path, train, data_dir, run, capsys):
     """Snapshots in order; the fresh initialisation is that of the run's step 0, whose seed is the same; columns as agreed; figures."""
     out = tmp_path / "lm"
     train(out, snapshot_steps="0,10,20", rank_interval=20)
-    tables = run(out, data_dir=str(data_dir), curves=True, figure=True)
+    tables = run(out, data_dir=str(data_dir), curves=True, figure=True, CURVE=(1.0, 10.0))
     rows, heads, curves = (tables[f"{name}.csv"] for name in ("saturation", "heads_saturated", "scaling"))
     assert list(rows[0])[:7] == ["checkpoint", "step", "init", "layer", "c", "cosine", "norm_ratio"]
     assert list(heads[0])[:8] == ["checkpoint", "step", "layer", "head", "positions", "distance", "entropy", "kind"]
@@ -286,13 +286,21 @@ def test_vits_on_images(tmp_path, image_dir, run, changes):
     init_weights(model, 3)
     torch.save({"model": model.state_dict(), "model_args": model.args, "iter_num": 5, "config": {"dataset": "pictures", "standardize": True}},
                tmp_path / "vit.pt")
-    tables = run(tmp_path / "vit.pt", data_dir=str(image_dir), curves=True, seed=3)
+    tables = run(tmp_path / "vit.pt", data_dir=str(image_dir), curves=True, seed=3, CURVE=(1.0, 2.0))
     rows, n = tables["saturation.csv"], 16 + bool(changes)
     for a, b in zip(rows[:3], rows[3:], strict=True):
         assert a["cosine"] == b["cosine"] and (a["init"], b["init"]) == ("trained", "random")  # it was initialised with this seed
     for row in tables["heads_saturated.csv"]:
         assert float(row["available"]) == n and 0 <= float(row["distance"]) <= math.dist((0, 0), (3, 3))
     assert {row["init"] for row in tables["scaling.csv"]} == {"trained", "random"}
+
+
+def test_tasks_are_data_too(tmp_path, run, capsys):
+    model = GPT(32, 32, 1, 2, 16)
+    init_weights(model, 0)
+    torch.save({"model": model.state_dict(), "model_args": model.args, "iter_num": 0, "config": {"dataset": "recall"}}, tmp_path / "recall.pt")
+    rows = run(tmp_path / "recall.pt", reinit=False)["saturation.csv"]
+    assert len(rows) == 2 and "6 x 32 tokens of data/recall" in capsys.readouterr().out
 
 
 def test_distances_of_images_are_on_their_grid():
