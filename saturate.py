@@ -51,6 +51,7 @@ samples = 32                # sequences or images, drawn by seed, the same for e
 batch_size = 4              # of them at a time: the memory that states and attention take
 block_size = 0              # tokens in a sequence; 0: the model's context, 256 at most for Hugging Face's
 seed = 1337                 # of samples and of fresh initialisations
+fixed_positions = False     # True: a ViT's sincos2d positions are multiplied too; they are no parameters, and vanish beside embeddings that are
 reinit = True               # the same for the model freshly initialised, once a run
 curves = True               # scaling.csv: each run's last checkpoint, and fresh models (of GPTs: pre- and post-norm, without and with biases)
 heads = True                # heads_saturated.csv
@@ -225,9 +226,10 @@ def batched(n, read, about):
 
 @contextlib.contextmanager
 def scaled(model, factor):
-    """All parameters of the model times `factor` inside: norms and biases too, tied weights once; buffers (fixed positions) are no parameters.
+    """All parameters of the model times `factor` inside: norms and biases too, tied weights once; with --fixed_positions a ViT's too.
     Afterwards they are to the bit what they were."""
     parameters = list(model.parameters())  # what is tied stands in it once
+    parameters += [x for name, x in model.named_buffers() if fixed_positions and name == "sincos2d"]
     kept = [p.data for p in parameters]
     try:
         for p in parameters:

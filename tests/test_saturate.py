@@ -46,7 +46,7 @@ def run(monkeypatch, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- scaling, closed forms
 
-def test_scaling_takes_every_parameter_once_and_gives_it_back():
+def test_scaling_takes_every_parameter_once_and_gives_it_back(monkeypatch):
     model = gpt(bias=True)
     before = {name: p.clone() for name, p in model.state_dict().items()}
     with scaled(model, 3.0):
@@ -61,6 +61,10 @@ def test_scaling_takes_every_parameter_once_and_gives_it_back():
     fixed = vit.sincos2d.clone()
     with scaled(vit, 3.0):
         assert torch.equal(vit.sincos2d, fixed)
+    monkeypatch.setattr(saturate, "fixed_positions", True)
+    with scaled(vit, 3.0):
+        assert torch.equal(vit.sincos2d, 3 * fixed)
+    assert torch.equal(vit.sincos2d, fixed)
 
 
 def test_relu_net_is_homogeneous_of_its_depth():
