@@ -447,7 +447,7 @@ def print_heads(rows):
 
 def print_scaling(rows):
     """Each model's output: k, and how near f(c theta) is to f(theta) and to the saturated one."""
-    shown = (1.25, 2.0, 5.0, 10.0)
+    shown = [x for x in CURVE if x in (1.25, 2.0, 5.0, 10.0)]
     print(f"\noutput under all parameters x c: cosine to f(theta), then to f({c:g} theta); k: |f(c theta)| = c^k |f(theta)| of the last block")
     width = max(30, *(len(label_of(row)) + 1 for row in rows))
     print(f"{'':{width}}{'k':>6}" + "".join(f"{f'c={x:g}':>8}" for x in shown) * 2)
