@@ -56,11 +56,12 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """(B, T, n_embd) -> (B, T, n_embd). mlp: False for attention alone; drop_path: share of samples that a branch leaves out in training,
-    the others scaled up so that its mean stays (stochastic depth, Huang et al. 2016)."""
+    the others scaled up so that its mean stays (stochastic depth, Huang et al. 2016); post_norm: x = ln(x + f(x)), as in the first
+    transformers, instead of x = x + f(ln(x))."""
 
-    def __init__(self, n_embd, n_head, bias, dropout, causal, mlp=True, drop_path=0.0):
+    def __init__(self, n_embd, n_head, bias, dropout, causal, mlp=True, drop_path=0.0, post_norm=False):
         super().__init__()
-        self.drop_path = drop_path
+        self.drop_path, self.post_norm = drop_path, post_norm
         self.ln_1 = nn.LayerNorm(n_embd, bias=bias)
         self.attn = Attention(n_embd, n_head, bias, dropout, causal)
         if mlp:
@@ -68,6 +69,9 @@ class Block(nn.Module):
         self.mlp = MLP(n_embd, bias, dropout) if mlp else None
 
     def forward(self, x):
+        if self.post_norm:
+            x = self.ln_1(x + self.branch(self.attn(x)))
+            return self.ln_2(x + self.branch(self.mlp(x))) if self.mlp is not None else x
         x = x + self.branch(self.attn(self.ln_1(x)))
         return x + self.branch(self.mlp(self.ln_2(x))) if self.mlp is not None else x
 
@@ -80,22 +84,23 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """A causal language model; the arguments are nanoGPT's model_args, kept as `self.args`. tied: head and embedding share weights;
-    mlp: False for blocks of attention alone."""
+    mlp: False for blocks of attention alone; post_norm: norms behind each sum instead of before each branch."""
 
-    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, dropout=0.0, bias=True, tied=True, mlp=True):
+    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, dropout=0.0, bias=True, tied=True, mlp=True, post_norm=False):
         super().__init__()
         if min(vocab_size, block_size, n_layer, n_head, n_embd) < 1 or n_embd % n_head:
             raise ValueError(f"n_embd={n_embd} must be a positive multiple of n_head={n_head}, and vocab_size={vocab_size}, "
                              f"block_size={block_size}, n_layer={n_layer} at least 1")
         self.args = dict(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                          dropout=dropout, bias=bias)
-        self.args.update({} if tied else {"tied": False}, **({} if mlp else {"mlp": False}))  # what nanoGPT does not know, where it matters
+        known = {"tied": True, "mlp": True, "post_norm": False}  # what nanoGPT does not know is stored only where it is not nanoGPT's way
+        self.args.update({name: x for name, x in (("tied", tied), ("mlp", mlp), ("post_norm", post_norm)) if x != known[name]})
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(vocab_size, n_embd),
             wpe=nn.Embedding(block_size, n_embd),
             drop=nn.Dropout(dropout),
-            h=nn.ModuleList([Block(n_embd, n_head, bias, dropout, causal=True, mlp=mlp) for _ in range(n_layer)]),
-            ln_f=nn.LayerNorm(n_embd, bias=bias),
+            h=nn.ModuleList([Block(n_embd, n_head, bias, dropout, causal=True, mlp=mlp, post_norm=post_norm) for _ in range(n_layer)]),
+            ln_f=nn.Identity() if post_norm else nn.LayerNorm(n_embd, bias=bias),  # post_norm: the last block ends in a norm already
         ))
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         if tied:

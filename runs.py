@@ -57,8 +57,8 @@ def check_resume(checkpoint, path, script, settings, same, free, fingerprint, ma
     if "data" not in checkpoint:
         raise ValueError(f"{path} is not {script}'s: --init_from={path} takes its weights into a new run")
     old = checkpoint["config"]
-    changed = [name for name in settings if name not in free and old.get(name) != settings[name]]
-    words = {name: f"{name} was {old.get(name)}, is {settings[name]}" for name in changed}
+    changed = [name for name in settings if name not in free and name in old and old[name] != settings[name]]  # a newer setting is no change
+    words = {name: f"{name} was {old[name]}, is {settings[name]}" for name in changed}
     differ = [words[name] for name in changed if name in same or settings["init_from"] != "resume"]
     if checkpoint["data"] != fingerprint:
         differ.append("the data on disk is not what it was trained on")

@@ -51,6 +51,7 @@ n_head = 12                     # ours, GPT-2 small
 n_embd = 768                    # ours, GPT-2 small
 dropout = 0.0                   # ours
 mlp = True                      # False: blocks of attention alone; ours
+post_norm = False               # True: norms behind each sum, x = ln(x + f(x)), instead of x + f(ln(x)); ours
 bias = False                    # biases in linear layers and norms; ours
 tied = True                     # head and token embedding share weights; ours, as GPT-2
 vocab_size = 0                  # 0: the tokenizer's, rounded up to a multiple of 64 (GPT-2's 50257 becomes 50304); ours
@@ -81,8 +82,8 @@ wandb_project = "nanorank"      # its project
 wandb_run_name = ""             # empty: out_dir
 
 # a resumed run is the same run: these must not change; the rest, but for FREE, changes only where --init_from=resume asks for it
-SAME_ON_RESUME = ("dataset", "seed", "total_batch_size", "block_size", "n_layer", "n_head", "n_embd", "mlp", "bias", "tied", "vocab_size",
-                  "optimizer")
+SAME_ON_RESUME = ("dataset", "seed", "total_batch_size", "block_size", "n_layer", "n_head", "n_embd", "mlp", "post_norm", "bias", "tied",
+                  "vocab_size", "optimizer")
 FREE_ON_RESUME = ("out_dir", "init_from", "overwrite", "eval_only", "device", "dtype", "compile", "data_dir", "batch_size", "log_interval",
                   "eval_interval", "eval_iters", "rank_interval", "snapshot_steps", "wandb_log", "wandb_project", "wandb_run_name")
 
@@ -178,14 +179,15 @@ def main():
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
         else:
-            model = GPT(vocab_size or -(-meta["vocab_size"] // 64) * 64, block_size, n_layer, n_head, n_embd, dropout, bias, tied, mlp)
+            model = GPT(vocab_size or -(-meta["vocab_size"] // 64) * 64, block_size, n_layer, n_head, n_embd, dropout, bias, tied, mlp, post_norm)
             init_weights(model, seed)
         if resume and not eval_only:
             check_resume(checkpoint, latest, script, settings, SAME_ON_RESUME, FREE_ON_RESUME, data["train"].fingerprint(), max_iters)
         for what, needed in (("vocab_size", meta["vocab_size"]), ("block_size", block_size)):
             if model.args[what] < needed:
                 raise ValueError(f"the model's {what} is {model.args[what]}, this data set and --block_size need {needed}")
-        shape = {"tied": True, "mlp": True, **model.args, "block_size": block_size}  # what runs, whatever the flags of an --init_from=PATH say
+        shape = {"tied": True, "mlp": True, "post_norm": False, **model.args, "block_size": block_size}  # what runs, whatever the flags of
+        # an --init_from=PATH say
         model.to(world.device)
 
     # what runs: the same weights, compiled where that pays, behind DDP where there are several processes
