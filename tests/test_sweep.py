@@ -101,6 +101,7 @@ def test_table_and_pairs_of_real_runs(swept):
     assert float(row["high"]) == pytest.approx(statistics.mean(differences) + half)
 
 
+@pytest.mark.slow
 def test_skipped_resumed_failed(swept, tmp_path, data_dir):
     """One finished cell stays as it is, one killed before its end goes on, one killed before its first checkpoint starts, and one fails
     (its ckpt.pt is damaged) without stopping the others; then it is named."""
@@ -144,6 +145,7 @@ def test_folder_of_other_settings_is_refused(swept, data_dir):
     assert result.stdout == ""
 
 
+@pytest.mark.slow
 def test_stopped_saves_and_goes_on(tmp_path, data_dir):
     """SIGTERM reaches the trainer, which saves; exit 143, the waiting cell is not begun; the same command goes on where it was."""
     settings = settings_of(tmp_path, data_dir, "attn_wd=0,1", max_iters=1000, rank_interval=0, eval_interval=1000, eval_iters=1)
@@ -238,6 +240,7 @@ def test_table_lines():
     assert "**3 ± 1.4**" in "".join(sweep.table_lines(table, "test_acc", max))
 
 
+@pytest.mark.slow
 def test_failed_cell_shows_in_figures_not_as_a_number(swept, tmp_path):
     """All figures of a sweep with missing runs; and a CSV without a finished one is none."""
     import figures
