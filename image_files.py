@@ -64,10 +64,13 @@ def find_images(source, keys, workers):
 
 
 def list_folder(root):
-    """(name, -1, 0) of each image below a folder, sorted."""
-    found = []
+    """(name, -1, 0) of each image below a folder, sorted. Links are followed, but not back to a folder that they are in."""
+    found, above = [], {}
     with tqdm(desc="listing", unit=" images", delay=10) as bar:
         for folder, folders, names in os.walk(root, followlinks=True):
+            above[folder] = {*above.get(os.path.dirname(folder), ()), os.path.realpath(folder)}
+            if loops := [name for name in folders if os.path.realpath(os.path.join(folder, name)) in above[folder]]:
+                raise ValueError(f"{os.path.join(folder, loops[0])} links back to a folder that it is in")
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             below = os.path.relpath(folder, root).replace(os.sep, "/")
             names = sorted(name for name in names if is_image(name))
@@ -112,13 +115,17 @@ def arrange(source, found):
     """A Source from (name, offset, size) of files below train/CLASS, val/CLASS ... or CLASS, whatever folders lead there."""
     folders = {name.rpartition("/")[0] for name, _, _ in found}
     parts = {folder: folder.split("/") if folder else [] for folder in folders}
-    while len({tuple(p[:1]) for p in parts.values()}) == 1 and all(len(p) > 1 and p[0] != "train" for p in parts.values()):
+    splits = ("train", "val", "validation", "test")
+    while len({tuple(p[:1]) for p in parts.values()}) == 1 and all(len(p) > 1 and p[0] not in splits for p in parts.values()):
         parts = {folder: p[1:] for folder, p in parts.items()}
     if any(p[0] == "train" and len(p) > 1 for p in parts.values() if p):
         places = {folder: ("val" if p[0] == "validation" else p[0], p[1] if len(p) > 1 else "")
-                  for folder, p in parts.items() if p and p[0] in ("train", "val", "validation", "test")}
+                  for folder, p in parts.items() if p and p[0] in splits}
     else:
         places = {folder: ("train", p[0]) for folder, p in parts.items() if p}
+        names = sorted({name for _, name in places.values()})
+        if any(re.fullmatch("train(ing)?|val(id|idation)?|test(ing)?|dev", name.lower()) for name in names):
+            raise ValueError(f"{source}: {', '.join(names[:3])} look like splits, not classes; expects train/CLASS, val/CLASS, test/CLASS")
     classes = sorted({name for split, name in places.values() if split == "train" and name})
     label = {name: i for i, name in enumerate(classes)}
     for split in ("val", "test"):

@@ -131,7 +131,7 @@ def add_bad(bad, reason, count, places):
     """Counts bad records in `bad`, {reason: {"count": n, "first": [places of the first few]}}."""
     entry = bad.setdefault(reason, {"count": 0, "first": []})
     entry["count"] += count
-    entry["first"] = (entry["first"] + places)[:NAMED]
+    entry["first"] = (entry["first"] + [place.encode("utf-8", "backslashreplace").decode() for place in places])[:NAMED]
 
 
 def bad_line(bad, what="records"):

@@ -316,6 +316,23 @@ def test_strange_folders(prepare, tmp_path):
     assert status == 0 and "2 images are left out (test: no labels)" in output and "2 images are left out (in no class folder)" in output
     assert_stored(tmp_path / "data" / "x", "test", labelled(files, "val"))
 
+
+@pytest.mark.parametrize("names", [("Train", "Val"), ("training", "testing"), ("val",)])
+def test_splits_are_not_taken_for_classes(prepare, tmp_path, names):
+    (data, *_) = some_files("train").values()
+    source = write_folder(tmp_path / "a", {f"{split}/{name}/1.jpg": data for split in names for name in "ab"})
+    one_line(prepare(source=source), "look like splits")
+
+
+def test_links_in_a_circle_are_refused_and_odd_names_printed(prepare, tmp_path):
+    (data, *_) = some_files("train").values()
+    source = write_folder(tmp_path / "a", {f"a/{i}.jpg": data + b"%d" % i for i in range(20)} | {"a/bad.jpg": b"no image"})
+    os.rename(source / "a" / "bad.jpg", os.fsencode(source / "a") + b"/bad\xfe.jpg")
+    status, output = prepare(source=source)
+    assert status == 0 and "bad\\udcfe.jpg" in output
+    os.symlink("..", source / "a" / "up")
+    one_line(prepare(source=source, dataset="y"), "up links back to a folder that it is in")
+
 # -------------------------------------------------------------------------------------------------------------- images
 
 def test_every_kind_of_image_becomes_rgb(prepare, tmp_path):
