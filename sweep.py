@@ -53,7 +53,8 @@ rows = "attn_wd"                # the setting that has a row a value
 columns = "mlp_wd"              # the setting that has a column a value; a grid of more has a table for each combination of the rest
 metric = ""                     # a column of sweep.csv; empty: test_acc where there is one, else test_ppl
 
-ZERO_IS_AUTO = ("vocab_size", "patch_size", "n_layer", "n_head", "n_embd")  # settings whose 0 the trainers replace in result.json
+SHAPE = ("vocab_size", "block_size", "patch_size", "n_layer", "n_head", "n_embd", "mlp", "post_norm", "bias", "tied", "pool", "positions",
+         "image_size")  # result.json has the model's own; 0 stands for what the trainer makes of it
 RESULT, LOG = "result.json", "output.log"
 
 # ------------------------------------------------------------------------------------------------------------------- grid
@@ -167,8 +168,9 @@ def finished(cell, free):
         return None
     except ValueError:
         raise ValueError(f"{path} is damaged; delete it, and the run is finished again") from None
+    taken = cell.settings["init_from"] not in ("scratch", "auto", "resume")  # a checkpoint's shape, whatever the settings say
     differ = [f"{name} was {result.get(name)}, is {value}" for name, value in cell.settings.items()
-              if name not in free and result.get(name) != value and not (name in ZERO_IS_AUTO and value == 0)]
+              if name not in free and result.get(name) != value and not (name in SHAPE and (taken or type(value) is int and value == 0))]
     if differ:
         raise ValueError(f"{path} is of another run: {'; '.join(differ)}; --out_dir goes elsewhere, or delete that folder")
     return result
@@ -254,8 +256,11 @@ def collect(cells, results, failed, free):
 
 
 def measurements(path):
-    """The lines of a log.jsonl that hold ranks, norms or validation, those of one step as one dict."""
+    """The lines of a log.jsonl that hold ranks, norms or validation, those of one step as one dict; none where there is no log."""
     steps = {}
+    if not os.path.exists(path):
+        print(f"note: {path} is missing; its run has no ranks and norms in the tables", file=sys.stderr)
+        return []
     with open(path, encoding="utf-8") as file:
         for line in map(json.loads, file):
             kept = {name: math.nan if value is None else value for name, value in line.items()  # null: it was not finite
@@ -311,9 +316,12 @@ def interval(values):
 
 
 def by_seed(axes, summary, cells, name):
-    """{combination of the axes that are neither rows, columns nor seed, as text: {(row's value, column's value): {seed: metric, None where
-    there is no result}}}, in the grid's order."""
-    rest = [key for axis in axes if not {rows, columns, "seed"} & set(axis[0]) for key in axis[0]]
+    """{combination of what varies beside rows, columns and seed and is not settled by them, as text: {(row's value, column's value):
+    {seed: metric, None where there is no result}}}, in the grid's order."""
+    shown = (rows, columns, "seed")
+    known_by = {tuple(cell.settings[key] for key in shown) for cell in cells}
+    rest = [key for axis in axes for key in axis[0] if key not in shown]
+    rest = [key for key in rest if len({(*(cell.settings[k] for k in shown), cell.values[key]) for cell in cells}) > len(known_by)]
     tables = {}
     for cell, row in zip(cells, summary):
         title = ", ".join(f"{key}={as_text(cell.values[key])}" for key in rest)

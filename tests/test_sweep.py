@@ -231,6 +231,30 @@ def test_interval():
     assert mean == 7 and math.isnan(sd)
 
 
+def test_joined_settings_do_not_hide_runs(monkeypatch):
+    """What varies together with the row stays apart in the tables unless the row settles it."""
+    for second, titles in (("sgd:0.01:1", ["optimizer=adamw", "optimizer=sgd"]), ("sgd:0.03:1", [""])):
+        axes = sweep.read_grid(f"optimizer+learning_rate+warmup_iters=adamw:0.01:1,{second}; seed=1,2",
+                               {"optimizer": "adamw", "learning_rate": 0.1, "warmup_iters": 0, "seed": 0})
+        values = [{**a, **b} for a in axes[0] for b in axes[1]]
+        cells = [sweep.Cell(v, str(i), {"attn_wd": 0.0, **v}) for i, v in enumerate(values)]
+        monkeypatch.setattr(sweep, "rows", "learning_rate")
+        monkeypatch.setattr(sweep, "columns", "attn_wd")
+        tables = sweep.by_seed(axes, [{"status": "done", "test_ppl": float(i)} for i in range(4)], cells, "test_ppl")
+        assert list(tables) == titles
+        assert sorted(x for table in tables.values() for seeds in table.values() for x in seeds.values()) == [0, 1, 2, 3]
+
+
+def test_runs_from_a_checkpoint_have_its_shape(tmp_path):
+    """result.json states the shape that ran, which is the checkpoint's; elsewhere another shape is another run."""
+    (tmp_path / "result.json").write_text(json.dumps({"n_layer": 1, "init_from": "a.pt", "bias": True, "seed": 1}))
+    settings = {"n_layer": 4, "init_from": "a.pt", "bias": False, "seed": 1}
+    assert sweep.finished(sweep.Cell({}, str(tmp_path), settings), ["init_from"])
+    for change in ({"init_from": "auto"}, {"seed": 2}, {"init_from": "auto", "n_layer": 0}):
+        with pytest.raises(ValueError, match="another run"):
+            sweep.finished(sweep.Cell({}, str(tmp_path), {**settings, **change}), ["init_from"])
+
+
 def test_table_lines():
     """Bold where best; the number of seeds where some are missing; one that is not finite is no mean."""
     table = {(0.0, 0.1): {1: 2.0, 2: 4.0}, (0.0, 1.0): {1: 2.5, 2: None}, (4.0, 0.1): {1: None, 2: None}, (4.0, 1.0): {1: math.nan, 2: 1.0}}
