@@ -103,8 +103,11 @@ def read_meta(folder):
             for n in (entry["images"], *(file["bytes"] for file in entry["files"])):
                 if type(n) is not int or n < 0:
                     raise ValueError(f"bad count {str(n)[:80]}")
-        if meta["kind"] != "images" or not meta["classes"] or not all(isinstance(c, str) for c in meta["classes"]):
-            raise ValueError('kind is "images", classes a list of names')
+            if not all(isinstance(file["name"], str) for file in entry["files"]):
+                raise ValueError("a file's name is no text")
+        if meta["kind"] != "images" or type(meta["short_side"]) is not int or not meta["classes"] \
+                or not all(isinstance(c, str) for c in meta["classes"]):
+            raise ValueError('kind is "images", classes a list of names, short_side a number')
         if not all(isinstance(x, float) and 0 <= x <= 1 for x in (*meta["mean"], *meta["std"])) or len(meta["mean"]) != 3 or len(meta["std"]) != 3:
             raise ValueError("mean and std are three numbers from 0 to 1 each")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:

@@ -298,6 +298,9 @@ def init_std(model, name, p):
 
 def load_as(kind, checkpoint, refusal, **changes):
     """A model of class `kind` from a checkpoint dict, some of its arguments changed. Raises ValueError(refusal and reason)."""
+    args = checkpoint.get("model_args") if isinstance(checkpoint, dict) else None
+    if isinstance(args, dict) and ("vocab_size" in args) != (kind is GPT) and {"vocab_size", "n_classes"} & set(args):
+        raise ValueError(f"{refusal} (it is a {'GPT' if 'vocab_size' in args else 'ViT'})")
     try:
         model = kind(**{**checkpoint["model_args"], **changes})
         state = {name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod."): p

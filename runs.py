@@ -24,8 +24,8 @@ def check_settings(settings, world):
     if total < 1 or batch < 1 or total % (batch * world.size):
         raise ValueError(f"--total_batch_size={total} is not a multiple of batch_size * processes = {batch} * {world.size}: change one of them")
     for name, value in settings.items():
-        if isinstance(value, (int, float)) and value < 0:
-            raise ValueError(f"--{name}={value} must not be negative")
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            raise ValueError(f"--{name}={value} must " + ("not be negative" if value < 0 else "be finite"))
         if type(value) is int and value >= 2**31:
             raise ValueError(f"--{name}={value} is too large")
         if name in ("beta1", "beta2", "dropout", "drop_path", "label_smoothing") and value >= 1:

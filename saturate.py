@@ -312,7 +312,7 @@ class Heads:
         weights = weights.detach().cpu().double()
         attended = (weights >= tie * weights.amax(-1, keepdim=True)) & self.reach
         positions = attended.sum(-1).double()  # (B, H, T)
-        distance = (attended * self.distances).sum(-1) / positions
+        distance = (attended * self.distances).sum(-1) / positions.clamp(min=1)
         entropy = -(weights * weights.clamp(min=1e-300).log()).sum(-1)
         choice = self.available > 1  # the first token of a causal model has none
         few = (positions <= torch.clamp(FEW * self.available, min=1)) & choice

@@ -57,7 +57,7 @@ crop_area = 0.05                # smallest share of the image that a random resi
 crop_ratio = 4 / 3              # its aspect ratio is from 1 / this to this; Beyer: 4/3
 flip = 0.5                      # probability of a horizontal flip; Beyer: 0.5
 randaug_layers = 2              # RandAugment operations an image; Beyer: 2
-randaug_magnitude = 10.0        # their strength, 0 to 10; Beyer: 10
+randaug_magnitude = 10.0        # their strength, 0 to 10 by big_vision's formulas, whose 0 is not "no change"; Beyer: 10
 mixup = 0.2                     # alpha of mixup, 0: none; Beyer: 0.2
 cutmix = 0.0                    # alpha of CutMix, 0: none; with mixup too, each pair of images gets one of the two; ours
 label_smoothing = 0.0           # share of the target that is spread over all classes; ours
@@ -167,8 +167,8 @@ def check_images(world):
         raise ValueError(f"--eval_resize={eval_resize} must be at least --image_size={image_size}, which is cut out of it")
     if (mixup or cutmix) and batch_size % 2:
         raise ValueError(f"--batch_size={batch_size} must be even: mixup and CutMix take images in pairs")
-    if not 0 < crop_area <= 1 or crop_ratio < 1 or flip > 1 or randaug_magnitude > 10:
-        raise ValueError(f"--crop_area={crop_area} (0 to 1), --crop_ratio={crop_ratio} (at least 1), --flip={flip} (0 to 1), "
+    if not 0 < crop_area <= 1 or not 1 <= crop_ratio <= 100 or flip > 1 or randaug_magnitude > 10:
+        raise ValueError(f"--crop_area={crop_area} (0 to 1), --crop_ratio={crop_ratio} (1 to 100), --flip={flip} (0 to 1), "
                          f"--randaug_magnitude={randaug_magnitude} (0 to 10): one is out of its range")
 
 # ------------------------------------------------------------------------------------------------------------ evaluation
@@ -242,6 +242,11 @@ def main():
             init_weights(model, seed)
         if resume and not eval_only:
             check_resume(checkpoint, latest, script, settings, SAME_ON_RESUME, FREE_ON_RESUME, data["train"].fingerprint(), steps)
+        trained = checkpoint.get("config", {}).get("standardize", standardize) if resume or init_from not in ("scratch", "auto") else standardize
+        if trained != standardize:
+            raise ValueError(f"{path} was trained on pixels with --standardize={trained}: give the same flag")
+        if standardize and not min(meta["std"]) > 0:
+            raise ValueError(f"--standardize: a channel of {os.path.join(data_dir, dataset)} is constant, its deviation in meta.json is 0")
         if model.args["n_classes"] != len(meta["classes"]):
             raise ValueError(f"the model has {model.args['n_classes']} classes, {os.path.join(data_dir, dataset)} has {len(meta['classes'])}")
         shape = model.args  # what runs, whatever the flags of an --init_from=PATH say

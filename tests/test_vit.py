@@ -226,6 +226,8 @@ def test_damaged_folders_are_refused(image_dir, tmp_path):
             ("train.idx", lambda b: b"\xff" * 16 + b[16:], "does not fit"), ("meta.json", lambda b: b[:50], "is not what prepare_imagenet.py writes"),
             ("meta.json", lambda b: b.replace(b'"images"', b'"texts"', 1), "is not what"),
             ("meta.json", lambda b: b.replace(b'"c0", ', b""), "does not fit"),
+            ("meta.json", lambda b: b.replace(b'"short_side"', b'"side"'), "is not what"),
+            ("meta.json", lambda b: b.replace(b'"name"', b'"n"'), "is not what"),
             ("meta.json", lambda b: b"[" * 100_000, "is not what"), ("train.bin", lambda b: None, "is missing")):
         folder = tmp_path / "pictures"
         shutil.rmtree(folder, ignore_errors=True)
@@ -370,6 +372,7 @@ def test_defaults_are_the_recipes():
     ({"batch_size": 1}, ["--batch_size=1 must be even"]), ({"eval_resize": 8}, ["--eval_resize=8"]), ({"variant": "H/14"}, ["'H/14'"]),
     ({"patch_size": 5}, ["patch_size=5"]), ({"crop_area": 2.0}, ["--crop_area=2.0"]), ({"drop_path": 1.0}, ["--drop_path=1.0"]),
     ({"pool": "max"}, ["pool=max"]), ({"init_from": "resume"}, ["ckpt.pt"]), ({"label_smoothing": 1.0}, ["--label_smoothing=1.0"]),
+    ({"max_iters": 0, "epochs": math.inf}, ["--epochs=inf"]), ({"crop_ratio": 1e200}, ["--crop_ratio=1e+200"]),
     ({"image_size": 0}, ["--image_size=0"]), ({"mixup": -1.0}, ["--mixup=-1.0"]), ({"optimizer": "lion"}, ["--optimizer=lion"]),
 ])
 def test_wrong_settings_are_one_line_and_exit_2(train, tmp_path, capsys, settings, words):
@@ -393,12 +396,15 @@ def test_a_model_of_other_classes_or_kind_is_refused(train, tmp_path, capsys):
     assert load(tmp_path / "c" / "ckpt.pt")["model_args"]["image_size"] == 24
 
 
-def test_eval_only_changes_nothing(train, tmp_path):
+def test_eval_only_changes_nothing(train, tmp_path, capsys):
     result = train(tmp_path / "a", max_iters=2)
     before = (tmp_path / "a" / "ckpt.pt").read_bytes()
     train(tmp_path / "a", eval_only=True)
     assert json.loads((tmp_path / "a" / "eval.json").read_text())["test_acc"] == result["test_acc"]
     assert (tmp_path / "a" / "ckpt.pt").read_bytes() == before
+    with pytest.raises(SystemExit) as stop:  # other pixels than it was trained on would give a wrong accuracy
+        train(tmp_path / "a", eval_only=True, standardize=True)
+    assert stop.value.code == 2 and "--standardize=False" in capsys.readouterr().err
 
 
 @pytest.mark.slow
