@@ -80,8 +80,14 @@ def input_errors(script, every_process=False):
         yield
     except (ValueError, OSError) as error:
         if every_process or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{script}: {error}", file=sys.stderr, flush=True)
+            print(f"{script}: {one_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def one_line(error, most=1000):
+    """An error's message as one line of at most `most` characters: names from strangers' files hold line breaks and terminal codes."""
+    text = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(error)).strip()
+    return text if len(text) <= most else f"{text[:most - 4]} ..."
 
 
 def all_sum(world, *numbers):
@@ -160,15 +166,21 @@ def to_json(obj, indent=None):
         return json.dumps(obj, indent=indent)
 
 
-def load(path, device="cpu", mmap=False):
+def load(path, device="cpu", mmap=False, verify=True):
     """A checkpoint from disk; code hidden in it is refused, never run. Raises ValueError naming the file and what is wrong.
 
-    mmap: leave the tensors on disk until they are used (where the format allows; those of torch before 1.6 do not).
+    mmap: leave the tensors on disk until they are used (where the format allows; those of torch before 1.6 do not). verify: hold the
+    records against their checksums, which torch writes but does not read. No tensor claims more memory than the file has bytes.
     """
     try:
         with open(path, "rb"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks about foreign pickles
-            return torch.load(path, map_location=device, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+            archive = zipfile.is_zipfile(path)
+            if archive and verify:
+                check_archive(path)
+            raw = torch.load(path, map_location=device, weights_only=True, mmap=mmap and archive)
+            check_tensors(raw, os.path.getsize(path))
+            return raw
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except Exception as error:  # torch raises a dozen kinds for truncated, foreign and malicious files
@@ -178,6 +190,37 @@ def load(path, device="cpu", mmap=False):
             reason = f"it would run {code[1]}" if code else ""
         reason = f" ({reason})" if reason else ""
         raise ValueError(f"{path}: damaged, or not a checkpoint of plain tensors{reason}") from None
+
+
+def check_archive(path):
+    """Raises ValueError where a zip's records are packed (torch's are not: a bomb), or one is not what its CRC32 says."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if any(x.compress_type != zipfile.ZIP_STORED for x in records) or sum(x.file_size for x in records) > os.path.getsize(path):
+            raise ValueError("compressed or overlapping records, torch writes none")
+        for record in records:
+            if record.CRC:  # 0: written without, torch.serialization.set_crc32_options(False)
+                with archive.open(record) as file:
+                    while file.read(1 << 20):  # raises BadZipFile at the end
+                        pass
+
+
+def check_tensors(raw, size, depth=100, most=10**6):
+    """Raises ValueError where the containers that a file of `size` bytes holds are nested without end, or a tensor is larger than the file
+    (views of stride 0 are), or not plain: sparse, quantized, nested, on the meta device."""
+    level, count = [raw], 0
+    while level:
+        for x in level:
+            if isinstance(x, torch.Tensor):
+                if x.layout != torch.strided or x.is_quantized or x.is_nested or x.is_meta:
+                    raise ValueError("a tensor that is sparse, quantized, nested or without data: dequantise or densify it first")
+                if x.numel() * x.element_size() > size:
+                    raise ValueError(f"a tensor of shape {tuple(x.shape)} in a file of {size} bytes")
+        inside = [x for x in level if isinstance(x, (dict, list, tuple))]
+        depth, count = depth - 1, count + sum(map(len, inside))
+        if depth < 0 or count > most:
+            raise ValueError("containers nested without end")
+        level = [y for x in inside for y in (x.values() if isinstance(x, dict) else x)]
 
 # ------------------------------------------------------------------------------------------------------- signals, times
 

@@ -301,14 +301,24 @@ def load_as(kind, checkpoint, refusal, **changes):
     args = checkpoint.get("model_args") if isinstance(checkpoint, dict) else None
     if isinstance(args, dict) and ("vocab_size" in args) != (kind is GPT) and {"vocab_size", "n_classes"} & set(args):
         raise ValueError(f"{refusal} (it is a {'GPT' if 'vocab_size' in args else 'ViT'})")
+    if isinstance(checkpoint, dict) and not isinstance(checkpoint.get("config", {}), dict):
+        raise ValueError(f"{refusal} (its config is no dict of settings)")
     try:
-        model = kind(**{**checkpoint["model_args"], **changes})
         state = {name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod."): p
-                 for name, p in checkpoint["model"].items()}
-        model.load_state_dict({name: p for name, p in state.items() if not name.endswith(".attn.bias")})  # old nanoGPT's mask
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+                 for name, p in checkpoint["model"].items() if not name.endswith(".attn.bias")}  # old nanoGPT's mask
+        args, held = {**checkpoint["model_args"], **changes}, sum(p.numel() for p in state.values())
+        width, depth, most = args["n_embd"], args["n_layer"], max(held, 2**24)
+        rows = sum(args.get(name, 0) for name in ("vocab_size", "block_size", "n_classes")) + 3 * args.get("patch_size", 0)**2
+        if not depth <= len(state) or depth * width**2 + rows * width > most or args.get("image_size", 0) > 2**14:
+            raise ValueError(f"{refusal} (model_args describe more than the {held:,} numbers that it holds: n_layer={depth}, n_embd={width} ...)")
+        model = kind(**args)
+        model.load_state_dict(state)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{refusal} ({type(error).__name__}: {reason})") from None
+    bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+    if bad:
+        raise ValueError(f"{bad} holds NaN or inf")
     return model
 
 # ------------------------------------------------------------------------------------------- weight decay and optimizers
@@ -368,8 +378,16 @@ def make_optimizers(groups, name, lr, beta1, beta2, eps, momentum, device_type):
 
 
 def load_optimizers(optimizers, saved):
-    """Takes up the saved state dicts (a list, or the one of a single optimizer) under this command line's hyperparameters."""
-    for opt, state in zip(optimizers, saved if len(optimizers) > 1 else [saved]):
-        for old, new in zip(state["param_groups"], opt.param_groups):
-            old.update({name: value for name, value in new.items() if name != "params"})
-        opt.load_state_dict(state)
+    """Takes up the saved state dicts (a list, or the one of a single optimizer) under this command line's hyperparameters.
+    Raises ValueError where they are not of these optimizers and parameters, or not finite."""
+    try:
+        for opt, state in zip(optimizers, saved if len(optimizers) > 1 else [saved], strict=True):
+            for old, new in zip(state["param_groups"], opt.param_groups):
+                old.update({name: value for name, value in new.items() if name != "params"})
+            opt.load_state_dict(state)
+            for p, moments in opt.state.items():
+                for name, x in moments.items():
+                    if isinstance(x, torch.Tensor) and (x.shape not in ((), p.shape) or not x.isfinite().all()):
+                        raise ValueError(f"{name} of a parameter {tuple(p.shape)} is {tuple(x.shape)}, or not finite")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"its optimizer's state does not fit the model ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None

@@ -37,7 +37,7 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from batches import read_meta
+from batches import check_crc32, read_meta
 from common import StopSignal, input_errors, save_json
 from configurator import configure
 from text_files import CHUNK, OVERLONG, find_files, need, read_chunks
@@ -82,7 +82,9 @@ def main():
         if os.path.exists(os.path.join(folder, "meta.json")):
             meta = read_meta(folder)
             refuse_other(folder, meta.get("settings", {}), made_with)
-            check_files(folder, meta, f"copy it again, or delete {folder} and run this again")
+            check_files(folder, meta, fix := f"copy it again, or delete {folder} and run this again")
+            for file in tqdm([file for split in meta["splits"].values() for file in split["files"]], "verifying checksums", disable=None):
+                check_crc32(folder, file, fix)
             return print(f"{folder} is finished, nothing to do: {totals(meta)}")
         vocab_size, eot = vocabulary(made_with["tokenizer"])
         about = {"vocab_size": vocab_size, "eot": eot, "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32"}

@@ -16,6 +16,9 @@ import torch.distributed as dist
 from checkpoints import RUN_FILE
 from common import all_sum, print0, to_json
 
+RESUMED = {"config": dict, "iter_num": int, "best_val_loss": float, "seconds": float, "log_bytes": int, "wandb_id": str, "decay": dict,
+           "scaler": dict, "optimizer": (dict | list)}  # what exact resume needs beside the weights
+
 # ------------------------------------------------------------------------------------------------------- begin and resume
 
 def check_settings(settings, world):
@@ -56,6 +59,10 @@ def check_resume(checkpoint, path, script, settings, same, free, fingerprint, ma
     """
     if "data" not in checkpoint:
         raise ValueError(f"{path} is not {script}'s: --init_from={path} takes its weights into a new run")
+    for name, kind in RESUMED.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise ValueError(f"{path} is damaged: its {name} is {str(checkpoint.get(name))[:50]}, no {kind.__name__}; "
+                             f"--init_from={path} takes its weights into a new run")
     old = checkpoint["config"]
     changed = [name for name in settings if name not in free and name in old and old[name] != settings[name]]  # a newer setting is no change
     words = {name: f"{name} was {old[name]}, is {settings[name]}" for name in changed}
@@ -174,6 +181,15 @@ def read_steps(unread, world, scaled, script, latest):
             end(world)
             raise SystemExit(1)
     return [loss / world.size for loss in losses], norms
+
+
+def check_weights(model, world, script, step, latest):
+    """Ends the run where a parameter is not finite, the same on all processes, before it is saved over the last good checkpoint."""
+    bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)  # note: this waits for the GPU
+    if bad:
+        print0(f"{script}: {bad} holds NaN or inf at step {step}; the last good checkpoint is {latest}", file=sys.stderr)
+        end(world)
+        raise SystemExit(1)
 
 # -------------------------------------------------------------------------------------------------------------------- end
 

@@ -25,7 +25,7 @@ from common import StopSignal, all_sum, init_dist, input_errors, load, peak_flop
 from configurator import configure, current
 from families import attention_layers
 from model import GPT, decay_groups, init_weights, load_gpt, load_optimizers, make_optimizers
-from runs import check_resume, check_settings, end, find_run, make_data, parse_steps, read_steps, start_log, stopped
+from runs import check_resume, check_settings, check_weights, end, find_run, make_data, parse_steps, read_steps, start_log, stopped
 from spectra import summary
 from tasks import TASKS, TaskSplit
 
@@ -122,6 +122,7 @@ def get_lr(step):
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
 @torch.no_grad()
+@input_errors(os.path.basename(__file__), every_process=True)  # of damaged data
 def evaluate(model, split, world, autocast, stop, rows=None):
     """{"loss": mean loss in nats per target} over `rows` evenly spaced rows of a split (all by default), over all processes;
     for tasks {"acc": fraction of targets that are the likeliest token} too.
@@ -270,8 +271,10 @@ def main():
     for step in range(start, max_iters + 1):
         last, number = step == max_iters, stop.anywhere(world)
         due, rank_due = step % eval_interval == 0 or last, rank_interval and (step % rank_interval == 0 or last)
-        if unread and (due or number or rank_due or step in snapshots):
-            report()  # a loss that is not finite ends the run here, before anything is saved
+        if due or number or rank_due or step in snapshots:
+            if unread:
+                report()  # a loss that is not finite ends the run here, before anything is saved
+            check_weights(model, world, script, step, latest)  # so does a weight
         if due or number:
             log_bytes = log.size() if first else 0
             save_checkpoint(step, log_bytes)  # before anything that can fail; a resumed run does all that follows again
