@@ -142,7 +142,7 @@ def check_apart(folder, meta):
             for mark in (path, stat and (stat.st_dev, stat.st_ino), size and file.get("crc32") and f"{size} {file['crc32']}"):
                 if mark and name == "train":
                     train[mark] = file["name"]
-                elif mark in train:
+                elif mark and mark in train:
                     raise ValueError(f"{path} of the {name} split is {train[mark]} of train: a loss on it would tell nothing; "
                                      "prepare the data again, with splits of their own")
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import load, one_line
+from common import load
+from configurator import one_line
 from families import find_attention, heads_of, split_heads
 
 RUN_FILE = r"ckpt\.pt|step_(\d+)\.pt"  # what train_lm.py leaves in a run folder

@@ -12,10 +12,13 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from configurator import one_line
 
 # ------------------------------------------------------------------------------------------------ processes and devices
 
@@ -82,12 +85,6 @@ def input_errors(script, every_process=False):
         if every_process or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{script}: {one_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-
-
-def one_line(error, most=1000):
-    """An error's message as one line of at most `most` characters: names from strangers' files hold line breaks and terminal codes."""
-    text = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(error)).strip()
-    return text if len(text) <= most else f"{text[:most - 4]} ..."
 
 
 def all_sum(world, *numbers):
@@ -176,10 +173,9 @@ def load(path, device="cpu", mmap=False, verify=True):
         with open(path, "rb"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks about foreign pickles
             archive = zipfile.is_zipfile(path)
-            if archive and verify:
-                check_archive(path)
+            records = check_archive(path, verify) if archive else None
             raw = torch.load(path, map_location=device, weights_only=True, mmap=mmap and archive)
-            check_tensors(raw, os.path.getsize(path))
+            check_tensors(raw, os.path.getsize(path), records)
             return raw
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ValueError(f"{path}: {error.strerror}") from None
@@ -192,23 +188,25 @@ def load(path, device="cpu", mmap=False, verify=True):
         raise ValueError(f"{path}: damaged, or not a checkpoint of plain tensors{reason}") from None
 
 
-def check_archive(path):
-    """Raises ValueError where a zip's records are packed (torch's are not: a bomb), or one is not what its CRC32 says."""
+def check_archive(path, verify):
+    """The sizes of a zip's records. Raises ValueError where they are packed (torch's are not: a bomb); verify: or not what their CRC32 says."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         if any(x.compress_type != zipfile.ZIP_STORED for x in records) or sum(x.file_size for x in records) > os.path.getsize(path):
             raise ValueError("compressed or overlapping records, torch writes none")
-        for record in records:
+        for record in records if verify else ():
             if record.CRC:  # 0: written without, torch.serialization.set_crc32_options(False)
                 with archive.open(record) as file:
                     while file.read(1 << 20):  # raises BadZipFile at the end
                         pass
+    return [x.file_size for x in records]
 
 
-def check_tensors(raw, size, depth=100, most=10**6):
+def check_tensors(raw, size, records, depth=100, most=10**6):
     """Raises ValueError where the containers that a file of `size` bytes holds are nested without end, or a tensor is larger than the file
-    (views of stride 0 are), or not plain: sparse, quantized, nested, on the meta device."""
-    level, count = [raw], 0
+    (views of stride 0 are), or not plain: sparse, quantized, nested, on the meta device; or its memory no record's (sizes `records`, of a zip:
+    memory-mapped, torch would read into the next)."""
+    level, count, memory = [raw], 0, {}
     while level:
         for x in level:
             if isinstance(x, torch.Tensor):
@@ -216,11 +214,15 @@ def check_tensors(raw, size, depth=100, most=10**6):
                     raise ValueError("a tensor that is sparse, quantized, nested or without data: dequantise or densify it first")
                 if x.numel() * x.element_size() > size:
                     raise ValueError(f"a tensor of shape {tuple(x.shape)} in a file of {size} bytes")
+                memory[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         inside = [x for x in level if isinstance(x, (dict, list, tuple))]
         depth, count = depth - 1, count + sum(map(len, inside))
         if depth < 0 or count > most:
             raise ValueError("containers nested without end")
         level = [y for x in inside for y in (x.values() if isinstance(x, dict) else x)]
+    memory.pop(0, None)  # of tensors without elements
+    if records is not None and Counter(memory.values()) - Counter(records):
+        raise ValueError("records of other sizes than the tensors that they hold")
 
 # ------------------------------------------------------------------------------------------------------- signals, times
 

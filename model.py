@@ -377,9 +377,9 @@ def make_optimizers(groups, name, lr, beta1, beta2, eps, momentum, device_type):
     raise ValueError(f"--optimizer={name}: expects adamw, adam, sgd or muon")
 
 
-def load_optimizers(optimizers, saved):
+def load_optimizers(optimizers, saved, path):
     """Takes up the saved state dicts (a list, or the one of a single optimizer) under this command line's hyperparameters.
-    Raises ValueError where they are not of these optimizers and parameters, or not finite."""
+    Raises ValueError naming `path` where they are not of these optimizers and parameters, or not finite."""
     try:
         for opt, state in zip(optimizers, saved if len(optimizers) > 1 else [saved], strict=True):
             for old, new in zip(state["param_groups"], opt.param_groups):
@@ -390,4 +390,4 @@ def load_optimizers(optimizers, saved):
                     if isinstance(x, torch.Tensor) and (x.shape not in ((), p.shape) or not x.isfinite().all()):
                         raise ValueError(f"{name} of a parameter {tuple(p.shape)} is {tuple(x.shape)}, or not finite")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"its optimizer's state does not fit the model ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+        raise ValueError(f"{path}: its optimizer's state does not fit the model ({type(error).__name__}: {str(error)[:200]})") from None

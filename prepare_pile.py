@@ -25,6 +25,7 @@ Memory does not grow with the input: 2 chunks of 1 MiB in flight per worker, and
 for documents of 60 MB.
 """
 import contextlib
+import filecmp
 import glob
 import importlib
 import json
@@ -122,15 +123,32 @@ def find_all_files():
     """Every input file, those of val and test first, in the same order on all machines."""
     given = [file._replace(split=split) for split, places in (("val", val_source), ("test", test_source)) if places
              for file in find_files(places)]
-    splits, paths = {file.split for file in given}, {os.path.abspath(file.path) for file in given}
-    found = [file for file in find_files(source) if file.split not in splits and os.path.abspath(file.path) not in paths]
-    files = given + sorted(found, key=lambda file: not file.split)
+    splits, paths = {file.split for file in given}, {os.path.realpath(file.path) for file in given}
+    found = [file for file in find_files(source) if file.split not in splits and os.path.realpath(file.path) not in paths]
+    files = apart(given + sorted(found, key=lambda file: not file.split))
     if not files or files[-1].split:
         raise ValueError(f"--source={source}: no files are left for the train split")
     print(f"{len(files)} files, {sum(file.size for file in files) / 1e6:,.1f} MB; " + ", ".join(
         f"{split}: " + (f"{n} of the files" if (n := sum(file.split == split for file in files)) else f"{share:.1%} of documents by hash")
         for split, share in shares(files).items() if split != "train"), flush=True)
     return files
+
+
+def apart(files):
+    """The files without those of train that hold the same bytes as one of val or test, under another name or by a link; says so."""
+    held_out = {file.size: [] for file in files if file.split and file.size}
+    for file in files:
+        if file.split and file.size and os.path.exists(file.path):
+            held_out[file.size].append(file)
+    kept = []
+    for file in files:
+        same = () if file.split or not os.path.exists(file.path) else held_out.get(file.size, ())
+        twin = next((other for other in same if filecmp.cmp(file.path, other.path, shallow=False)), None)
+        if twin:
+            print(f"note: {file.path} holds the same bytes as {twin.path} of {twin.split}: left out of train")
+        else:
+            kept.append(file)
+    return kept
 
 
 def shares(files):

@@ -16,8 +16,18 @@ import torch.distributed as dist
 from checkpoints import RUN_FILE
 from common import all_sum, print0, to_json
 
-RESUMED = {"config": dict, "iter_num": int, "best_val_loss": float, "seconds": float, "log_bytes": int, "wandb_id": str, "decay": dict,
-           "scaler": dict, "optimizer": (dict | list)}  # what exact resume needs beside the weights
+
+
+def is_number(x, kind=float, most=math.inf):
+    return type(x) is kind and 0 <= x < most
+
+
+RESUMED = {  # what exact resume needs beside the weights, and what it must be
+    "config": lambda x: isinstance(x, dict) and all(type(value) in (bool, int, float, str) for value in x.values()),
+    "iter_num": lambda x: is_number(x, int, 2**31), "best_val_loss": lambda x: type(x) is float and x == x, "seconds": is_number,
+    "log_bytes": lambda x: is_number(x, int, 2**63), "wandb_id": lambda x: isinstance(x, str), "scaler": lambda x: isinstance(x, dict),
+    "decay": lambda x: isinstance(x, dict) and {"attn", "embed", "none"} <= x.keys() and all(map(is_number, x.values())),
+    "optimizer": lambda x: isinstance(x, (dict, list))}
 
 # ------------------------------------------------------------------------------------------------------- begin and resume
 
@@ -59,10 +69,10 @@ def check_resume(checkpoint, path, script, settings, same, free, fingerprint, ma
     """
     if "data" not in checkpoint:
         raise ValueError(f"{path} is not {script}'s: --init_from={path} takes its weights into a new run")
-    for name, kind in RESUMED.items():
-        if not isinstance(checkpoint.get(name), kind):
-            raise ValueError(f"{path} is damaged: its {name} is {str(checkpoint.get(name))[:50]}, no {kind.__name__}; "
-                             f"--init_from={path} takes its weights into a new run")
+    bad = next((name for name, right in RESUMED.items() if name not in checkpoint or not right(checkpoint[name])), None)
+    if bad:
+        raise ValueError(f"{path} is damaged, its {bad} is {str(checkpoint.get(bad, 'missing'))[:50]}: --init_from={path} takes its weights into a "
+                         "new run")
     old = checkpoint["config"]
     changed = [name for name in settings if name not in free and name in old and old[name] != settings[name]]  # a newer setting is no change
     words = {name: f"{name} was {old[name]}, is {settings[name]}" for name in changed}

@@ -217,7 +217,7 @@ def main():
             past = {name: checkpoint[name] for name in past}
             if scaler.is_enabled() and checkpoint["scaler"]:
                 scaler.load_state_dict(checkpoint["scaler"])
-            load_optimizers(optimizers, checkpoint["optimizer"])
+            load_optimizers(optimizers, checkpoint["optimizer"], latest)
         start, best_val_loss, seconds, decay = past["iter_num"], past["best_val_loss"], past["seconds"], dict(past["decay"])
         checkpoint = None  # free its memory
         log = start_log(out_dir, resume, past, settings, wandb_project if wandb_log else "", wandb_run_name or out_dir) if first else None
