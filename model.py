@@ -309,6 +309,10 @@ def load_as(kind, checkpoint, refusal, **changes):
         args, held = {**checkpoint["model_args"], **changes}, sum(p.numel() for p in state.values())
         width, depth, most = args["n_embd"], args["n_layer"], max(held, 2**24)
         rows = sum(args.get(name, 0) for name in ("vocab_size", "block_size", "n_classes")) + 3 * args.get("patch_size", 0)**2
+        odd = [name for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_classes", "image_size", "patch_size")
+               if type(args.get(name, 1)) is not int]
+        if odd:
+            raise TypeError(f"model_args: {odd[0]} is {str(args[odd[0]])[:50]}")
         if not depth <= len(state) or depth * width**2 + rows * width > most or args.get("image_size", 0) > 2**14:
             raise ValueError(f"{refusal} (model_args describe more than the {held:,} numbers that it holds: n_layer={depth}, n_embd={width} ...)")
         model = kind(**args)

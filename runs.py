@@ -17,7 +17,6 @@ from checkpoints import RUN_FILE
 from common import all_sum, print0, to_json
 
 
-
 def is_number(x, kind=float, most=math.inf):
     return type(x) is kind and 0 <= x < most
 
