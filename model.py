@@ -306,15 +306,8 @@ def load_as(kind, checkpoint, refusal, **changes):
     try:
         state = {name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod."): p
                  for name, p in checkpoint["model"].items() if not name.endswith(".attn.bias")}  # old nanoGPT's mask
-        args, held = {**checkpoint["model_args"], **changes}, sum(p.numel() for p in state.values())
-        width, depth, most = args["n_embd"], args["n_layer"], max(held, 2**24)
-        rows = sum(args.get(name, 0) for name in ("vocab_size", "block_size", "n_classes")) + 3 * args.get("patch_size", 0)**2
-        odd = [name for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_classes", "image_size", "patch_size")
-               if type(args.get(name, 1)) is not int]
-        if odd:
-            raise TypeError(f"model_args: {odd[0]} is {str(args[odd[0]])[:50]}")
-        if not depth <= len(state) or depth * width**2 + rows * width > most or args.get("image_size", 0) > 2**14:
-            raise ValueError(f"{refusal} (model_args describe more than the {held:,} numbers that it holds: n_layer={depth}, n_embd={width} ...)")
+        args = {**checkpoint["model_args"], **changes}
+        check_size(args, state)
         model = kind(**args)
         model.load_state_dict(state)
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
@@ -324,6 +317,21 @@ def load_as(kind, checkpoint, refusal, **changes):
     if bad:
         raise ValueError(f"{bad} holds NaN or inf")
     return model
+
+
+def check_size(args, state):
+    """Raises ValueError where a checkpoint's model_args are no counts, or describe a model of more parameters than its state dict holds:
+    otherwise a few bytes could ask for any amount of memory."""
+    counts = {name: args[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_classes", "image_size", "patch_size")
+              if name in args}
+    held, get = sum(p.numel() for p in state.values()), counts.get
+    if all(type(x) is int for x in counts.values()):
+        rows = get("vocab_size", 0) + get("block_size", 0) + get("n_classes", 0) + 3 * get("patch_size", 0)**2
+        least = get("n_layer") * get("n_embd")**2 + rows * get("n_embd")
+        if get("n_layer") <= len(state) and least <= max(held, 2**24) and get("image_size", 0) <= 2**14:
+            return
+    raise ValueError(f"model_args describe more than the {len(state)} tensors of {held:,} numbers that it holds, or are no counts: "
+                     + ", ".join(f"{name}={str(x)[:20]}" for name, x in counts.items()))
 
 # ------------------------------------------------------------------------------------------- weight decay and optimizers
 

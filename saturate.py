@@ -181,7 +181,8 @@ def open_net(path, device, dtype):
 def open_batches(path, net, device, dtype):
     """(number of batches, read(i) -> batch i on the device, what the data is): a pure function of data, seed and settings.
     Raises ValueError where the data does not fit the model."""
-    name = dataset or str(net.config.get("dataset", ""))
+    name = dataset or net.config.get("dataset")
+    name = name if isinstance(name, str) else ""
     T = min(block_size or net.T, net.T)
     if not name:
         if "transformers" not in net.about:

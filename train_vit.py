@@ -264,6 +264,9 @@ def main():
 
     if eval_only:
         result = whole_splits(fast, data, world, autocast, stop)
+        with input_errors(script):
+            if not math.isfinite(result["val_loss"] + result["test_loss"]):
+                raise ValueError(f"{path}: its loss is not finite: weights that are damaged, or overflow {amp}")
         if first:
             save_json(os.path.join(out_dir, "eval.json"), {**settings, **shape, **result})
         return end(world)

@@ -333,7 +333,8 @@ def checkpoints(tally, folder):
         pathlib.Path(target).write_bytes(content)
         for script, work in readers(target, folder, settings).items():
             if script in scripts:
-                tally(f"{script}: {label}", work, "ckpt.pt" if script == "resume" else name, canary, want)
+                named = "data" if label.startswith("config.data") else "ckpt.pt" if script == "resume" else name
+                tally(f"{script}: {label}", work, named, canary, want)
 
     hand("whole", data, want="valid")
     for tenth in range(10):

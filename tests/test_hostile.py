@@ -270,7 +270,7 @@ def test_odd_encodings_of_config_files(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", hostile.FUZZERS)
 def test_fuzz(name, tmp_path):
-    seen = hostile.FUZZERS[name](60, str(tmp_path))
+    seen = hostile.FUZZERS[name](50, str(tmp_path))
     assert seen["refused"] > 5 and seen["valid"] > 2, seen
 
 
