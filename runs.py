@@ -229,6 +229,11 @@ def run_errors(script):
     except OSError as error:
         print(f"{script}: {error}; once that is mended --init_from=auto goes on from the last save", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+    except RuntimeError as error:
+        if "RANK" not in os.environ or not re.search("[Cc]onnection (closed|reset)|Broken pipe", str(error)):  # gloo's
+            raise
+        print(f"{script}: process {os.environ['RANK']} lost another one; --init_from=auto goes on from the last save", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
 
 def stopped(world, number, where, log=None):
     """Ends a run that a signal stops, after it was saved."""
