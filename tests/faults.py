@@ -83,26 +83,26 @@ def programs(work):
     text, rng = work / "text", np.random.default_rng(0)
     text.mkdir()
     source = (REPO / "prepare_pile.py").read_text() + (REPO / "sweep.py").read_text()
-    for i in range(40):
-        lines = [json.dumps({"text": source[at:at + 600]}) for at in rng.integers(0, len(source) - 600, 30)]
-        (text / f"{i:02d}.jsonl").write_text("\n".join(lines) + "\n")
-    for i in range(1200):
+    for i in range(200):
+        lines = [json.dumps({"text": source[at:at + 600]}) for at in rng.integers(0, len(source) - 600, 60)]
+        (text / f"{i:03d}.jsonl").write_text("\n".join(lines) + "\n")
+    for i in range(3000):
         (work / "pictures" / f"c{i % 5}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 30 + i % 20, 3), dtype=np.uint8)).save(work / "pictures" / f"c{i % 5}" / f"{i}.png")
     # the interval between safe points is short beside the whole
-    pile = {"source": text, "tokenizer": "byte", "shard_tokens": 100_000, "safe_interval": 0.02, "workers": 2, "val_fraction": 0.02,
-            "test_fraction": 0.02, "dataset": "made"}
-    imagenet = {"source": work / "pictures", "short_side": 24, "safe_interval": 0.02, "workers": 2, "dataset": "made"}
+    pile = {"source": text, "tokenizer": "byte", "shard_tokens": 1_000_000, "safe_interval": 0.02, "workers": 2, "val_fraction": 0.003,
+            "test_fraction": 0.003, "dataset": "made"}
+    imagenet = {"source": work / "pictures", "short_side": 24, "val_fraction": 0.02, "test_fraction": 0.03, "safe_interval": 0.02,
+                "workers": 2, "dataset": "made"}
     lm = {**STEPS, "dataset": "made", "data_dir": work / "prepare_pile", "block_size": 32}
     vit = {**STEPS, "dataset": "made", "data_dir": work / "prepare_imagenet", "image_size": 16, "patch_size": 4}
     sweep = {"fixed": " ".join(flags({**lm, "max_iters": 10})), "configs": "config/demo.py", "grid": "attn_wd=0,1", "jobs": 2, "figure": False}
-    again = {"init_from": "auto", "overwrite": True}  # overwrite: of a run killed before its first save
     made = {
         "prepare_pile": Program("prepare_pile", lambda at: ["prepare_pile.py", *flags({**pile, "data_dir": at})], all_files, "made/part_*.json"),
         "prepare_imagenet": Program("prepare_imagenet", lambda at: ["prepare_imagenet.py", *flags({**imagenet, "data_dir": at})], all_files,
                                     "made/part.json"),
-        "train_lm": Program("train_lm", lambda at: ["train_lm.py", *flags({**lm, **again, "out_dir": at})], run_files, "ckpt.pt"),
-        "train_vit": Program("train_vit", lambda at: ["train_vit.py", *flags({**vit, **again, "out_dir": at})], run_files, "ckpt.pt"),
+        "train_lm": Program("train_lm", lambda at: ["train_lm.py", *flags({**lm, "init_from": "auto", "out_dir": at})], run_files, "ckpt.pt"),
+        "train_vit": Program("train_vit", lambda at: ["train_vit.py", *flags({**vit, "init_from": "auto", "out_dir": at})], run_files, "ckpt.pt"),
         "sweep": Program("sweep", lambda at: ["sweep.py", *flags({**sweep, "out_dir": at})], sweep_files, "*/ckpt.pt")}
     for name in ("prepare_pile", "prepare_imagenet"):  # undisturbed: what the trainers read
         whole(made[name], work)
@@ -394,7 +394,7 @@ def torchrun_killed(program, work, faults):
     """Two processes under torchrun; one of them is killed and torchrun starts both again, or torchrun itself gets SIGTERM and is started again."""
     tally, rng = Tally("torchrun", faults), random.Random(f"{seed} torchrun")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
-    program = program._replace(name="torchrun", args=lambda at, args=program.args: [*launcher, *args(at)])
+    program = program._replace(name="torchrun", args=lambda at, args=program.args: [*launcher, *args(at), "--max_iters=300"])
     (want, seconds), log = whole(program, work, real=True), work / "torchrun.log"
     tally.row["seconds_undisturbed"] = round(seconds, 2)
     while tally.more():
