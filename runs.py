@@ -227,12 +227,12 @@ def run_errors(script):
     try:
         yield
     except OSError as error:
-        print(f"{script}: {error}; once that is mended --init_from=auto goes on from the last save", file=sys.stderr, flush=True)
+        print(f"{script}: {error}; once that is mended --init_from=resume goes on from the last save", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except RuntimeError as error:
         if "RANK" not in os.environ or not re.search("[Cc]onnection (closed|reset)|Broken pipe", str(error)):  # gloo's
             raise
-        print(f"{script}: process {os.environ['RANK']} lost another one; --init_from=auto goes on from the last save", file=sys.stderr, flush=True)
+        print(f"{script}: process {os.environ['RANK']} lost another one; --init_from=resume goes on from the last save", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
 def stopped(world, number, where, log=None):
