@@ -6,7 +6,7 @@ Fault trials: programs killed, stopped, on a full disk, at random moments, then 
     unshare -rm python tests/faults.py disk                  # as root without unshare: a small tmpfs is mounted
 
 Trials: train_lm, train_vit, prepare_pile, prepare_imagenet, sweep (SIGKILL); signals (SIGTERM and SIGINT, all but sweep); torchrun (two
-processes, one of them killed, --max-restarts, and SIGTERM to torchrun); disk (it fills up).
+processes, one of them killed, --max-restarts; and SIGTERM or Ctrl-C); disk (it fills up).
 
 A kill comes at a moment drawn uniformly over the time that an undisturbed run takes, counted from the last start: so in imports of
 scripts, loading, training, saving and at the end. The run is started again by the same command until it ends by itself, then its files are
@@ -391,7 +391,8 @@ def fill(path, keep):
 
 
 def torchrun_killed(program, work, faults):
-    """Two processes under torchrun; one of them is killed and torchrun starts both again, or torchrun itself gets SIGTERM and is started again."""
+    """Two processes under torchrun; one of them is killed and torchrun starts both again, or all get a Ctrl-C or torchrun SIGTERM, and it is
+    started again."""
     tally, rng = Tally("torchrun", faults), random.Random(f"{seed} torchrun")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
     program = program._replace(name="torchrun", args=lambda at, args=program.args: [*launcher, *args(at), "--max_iters=300"])
@@ -410,8 +411,11 @@ def torchrun_killed(program, work, faults):
                 workers = family(pid)[1:] if status is None else []
                 if not workers:
                     break
-                stopped = rng.random() < 0.25
-                kill([pid] if stopped else [rng.choice(workers)], signal.SIGTERM if stopped else signal.SIGKILL)
+                stopped = rng.random() < 0.4
+                if stopped and rng.random() < 0.5:
+                    os.killpg(pid, signal.SIGINT)  # a terminal's Ctrl-C: torchrun hands it on to those that have it already
+                else:
+                    kill([pid] if stopped else [rng.choice(workers)], signal.SIGTERM if stopped else signal.SIGKILL)
                 tally.fault(program, folder, True)
                 tally.row["restarts"] += not stopped
                 if stopped:
