@@ -2,6 +2,7 @@
 Plumbing that only a bug fix would ever change: processes, devices, files, signals. No settings, nothing at import.
 """
 import contextlib
+import errno
 import json
 import math
 import os
@@ -75,16 +76,17 @@ def print0(*args, **kwargs):
 
 @contextlib.contextmanager
 def input_errors(script, every_process=False):
-    """What fails inside is the user's input: one line on stderr and exit status 2 instead of a traceback.
+    """What fails inside is the user's input: one line on stderr and exit status 2 instead of a traceback; 1 where it is a disk, full or broken.
 
     every_process: for what can fail on one process alone; else the first of each machine speaks for all.
     """
     try:
         yield
     except (ValueError, OSError) as error:
+        disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         if every_process or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{script}: {one_line(error)}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+            print(f"{script}: {one_line(error)}" + "; once that is mended the same command goes on" * disk, file=sys.stderr, flush=True)
+        raise SystemExit(1 if disk else 2) from None
 
 
 def all_sum(world, *numbers):
@@ -124,16 +126,33 @@ def peak_flops(device, dtype):
 
 # --------------------------------------------------------------------------------------------------------------- files
 
+@contextlib.contextmanager
+def writing(path, note=""):
+    """What a disk refuses inside becomes an OSError that names this file, also where torch's archive writer has hidden it; note: what to add."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if not cause:
+            raise
+        raise OSError(cause.errno, f"{cause.strerror}{note}", path) from None
+
+
 def write_atomic(path, write):
-    """Calls write(file) on a temporary file beside `path`, fsyncs and renames it: a kill leaves the old file or the new, whole."""
+    """Calls write(file) on a temporary file beside `path`, fsyncs and renames it: a kill leaves the old file or the new, whole.
+
+    Raises OSError that names `path` where the disk is full or refuses: the old file stays."""
     path = os.path.realpath(path)  # where a link points to, the link stays
     temporary = f"{path}.tmp{os.getpid()}"
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path, " (the file that was there is whole)" if os.path.exists(path) else ""):
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
         if os.name == "posix":  # and the rename itself
             folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
             try:

@@ -390,12 +390,12 @@ def make_optimizers(groups, name, lr, beta1, beta2, eps, momentum, device_type):
 
 
 def load_optimizers(optimizers, saved, path):
-    """Takes up the saved state dicts (a list, or the one of a single optimizer) under this command line's hyperparameters.
-    Raises ValueError naming `path` where they are not of these optimizers and parameters, or not finite."""
+    """Takes up the saved state dicts (a list, or the one of a single optimizer) under this command line's hyperparameters;
+    lr is the step's. Raises ValueError naming `path` where they are not of these optimizers and parameters, or not finite."""
     try:
         for opt, state in zip(optimizers, saved if len(optimizers) > 1 else [saved], strict=True):
             for old, new in zip(state["param_groups"], opt.param_groups):
-                old.update({name: value for name, value in new.items() if name != "params"})
+                old.update({name: value for name, value in new.items() if name not in ("params", "lr")})
             opt.load_state_dict(state)
             for p, moments in opt.state.items():
                 for name, x in moments.items():

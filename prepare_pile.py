@@ -39,7 +39,7 @@ import numpy as np
 from tqdm import tqdm
 
 from batches import check_crc32, read_meta
-from common import StopSignal, input_errors, save_json
+from common import StopSignal, input_errors, save_json, writing
 from configurator import configure
 from text_files import CHUNK, OVERLONG, find_files, need, read_chunks
 from workers import NAMED, add_bad, bad_line, check_range, check_size, only_process, read_json, refuse_other, reopen, run_in_order
@@ -346,7 +346,8 @@ class Part:
                 part = f"part{shard_index:03d}_" if num_shards > 1 else ""
                 mine["files"].append({"name": f"{split}_{part}{len(mine['files']):05d}.bin", "tokens": 0, "crc32": "00000000"})
                 self.open[split] = open(os.path.join(self.folder, mine["files"][-1]["name"] + ".tmp"), "wb")
-            self.open[split].write(ids)
+            with writing(self.open[split].name):
+                self.open[split].write(ids)
             shard, tokens = mine["files"][-1], len(ids) // np.dtype(self.dtype).itemsize
             shard["crc32"] = f"{zlib.crc32(ids, int(shard['crc32'], 16)):08x}"
             shard["tokens"] += tokens
@@ -362,8 +363,9 @@ class Part:
     def save(self):
         """A safe point: the files, then the record, then the names of files that are full."""
         for file in self.open.values():
-            file.flush()
-            os.fsync(file.fileno())
+            with writing(file.name):
+                file.flush()
+                os.fsync(file.fileno())
         self.record["sizes"] = self.sizes()
         save_json(self.path, self.record)
         self.name_full_files()

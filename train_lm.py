@@ -25,7 +25,7 @@ from common import StopSignal, all_sum, init_dist, input_errors, load, peak_flop
 from configurator import configure, current
 from families import attention_layers
 from model import GPT, decay_groups, init_weights, load_gpt, load_optimizers, make_optimizers
-from runs import check_resume, check_settings, check_weights, end, find_run, make_data, parse_steps, read_steps, start_log, stopped
+from runs import check_finite, check_resume, check_settings, end, find_run, lock_run, make_data, parse_steps, read_steps, run_errors, start_log, stopped
 from spectra import summary
 from tasks import TASKS, TaskSplit
 
@@ -134,7 +134,7 @@ def evaluate(model, split, world, autocast, stop, rows=None):
     batches = -(-n // (batch_size * world.size))
     index = np.pad(index, (0, batches * batch_size * world.size - n), constant_values=-1).reshape(batches, world.size, batch_size)
     model.eval()
-    total, right, count, began, spoke = 0.0, 0, 0, time.time(), time.time()
+    total, right, count, began, spoke = 0.0, 0, 0, time.monotonic(), time.monotonic()
     for i, (x, y) in enumerate(prefetch(lambda i: split.rows(index[i, world.rank]), range(batches), world.device)):
         if number := stop.anywhere(world):
             stopped(world, number, "while evaluating")
@@ -145,8 +145,8 @@ def evaluate(model, split, world, autocast, stop, rows=None):
                 if dataset in TASKS:
                     right += int((model(x)[0].argmax(-1) == y).sum())
             count += tokens
-        if time.time() - spoke > 10:
-            spoke = time.time()
+        if time.monotonic() - spoke > 10:
+            spoke = time.monotonic()
             print0(f"  evaluating: batch {i + 1} of {batches}, {time_left((spoke - began) / (i + 1) * (batches - i - 1))} left")
     model.train()
     total, right, count = all_sum(world, total, right, count)
@@ -155,6 +155,7 @@ def evaluate(model, split, world, autocast, stop, rows=None):
 
 # ------------------------------------------------------------------------------------------------------------------ main
 
+@run_errors(__file__)
 def main():
     script = os.path.basename(__file__)
     with input_errors(script):
@@ -164,6 +165,7 @@ def main():
         check_settings(current(globals()), world)
         amp = pick_dtype(dtype, world.device)
         snapshots = parse_steps(snapshot_steps, max_iters)
+        lock = lock_run(out_dir, world) if not eval_only else None
         latest, resume = find_run(out_dir, init_from, overwrite, eval_only)
         if world.size > 1:
             dist.barrier()  # all have looked before the first writes
@@ -223,7 +225,7 @@ def main():
             load_optimizers(optimizers, checkpoint["optimizer"], latest)
         start, best_val_loss, seconds, decay = past["iter_num"], past["best_val_loss"], past["seconds"], dict(past["decay"])
         checkpoint = None  # free its memory
-        log = start_log(out_dir, resume, past, settings, wandb_project if wandb_log else "", wandb_run_name or out_dir) if first else None
+        log = start_log(out_dir, lock, resume, past, settings, wandb_project if wandb_log else "", wandb_run_name or out_dir) if first else None
 
     accumulation = total_batch_size // (batch_size * world.size)
     tokens_per_step = total_batch_size * block_size
@@ -256,7 +258,7 @@ def main():
         """Prints and logs the steps since the last report; ends the run where a loss or a gradient was not finite."""
         nonlocal unread, seconds
         step, lr = unread[-1][:2]
-        losses, norms = read_steps(unread, world, scaler.is_enabled(), script, latest)
+        losses, norms = read_steps(unread, world, scaler, script, latest)
         elapsed = time.perf_counter() - clock
         seconds += elapsed
         loss, norm = losses[-1], norms[-1]
@@ -277,7 +279,7 @@ def main():
         if due or number or rank_due or step in snapshots:
             if unread:
                 report()  # a loss that is not finite ends the run here, before anything is saved
-            check_weights(model, world, script, step, latest)  # so does a weight
+            check_finite(model, world, script, step, latest)  # so does a weight
         if due or number:
             log_bytes = log.size() if first else 0
             save_checkpoint(step, log_bytes)  # before anything that can fail; a resumed run does all that follows again

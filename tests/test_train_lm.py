@@ -2,7 +2,6 @@
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -99,14 +98,6 @@ def start_and_signal(args, number, delay_after, word="step 4:"):
     process.send_signal(number)
     out += process.communicate(timeout=120)[0]
     return process.returncode, out
-
-
-def test_killed_at_a_random_moment_and_resumed(train, tmp_path, data_dir):
-    train(tmp_path / "whole", max_iters=300, eval_interval=20)
-    code, out = start_and_signal(command(tmp_path / "killed", data_dir, max_iters=300, eval_interval=20), signal.SIGKILL, random.random())
-    assert code == -signal.SIGKILL, out
-    train(tmp_path / "killed", max_iters=300, eval_interval=20, init_from="auto")
-    assert_same_weights(tmp_path / "whole" / "ckpt.pt", tmp_path / "killed" / "ckpt.pt")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
