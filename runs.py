@@ -235,7 +235,7 @@ def read_steps(unread, world, scaler, script, latest):
     return [loss / world.size for loss in losses], norms
 
 
-def check_finite(model, world, script, step, latest):
+def check_nan(model, world, script, step, latest):
     """Ends the run where a parameter is not finite, the same on all processes, before it is saved over the last good checkpoint."""
     bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)  # note: this waits for the GPU
     if bad:

@@ -31,7 +31,7 @@ from configurator import configure, current
 from families import attention_layers
 from images import ImageSplit, centre_crops
 from model import ViT, decay_groups, init_weights, load_optimizers, load_vit, make_optimizers, vit_size
-from runs import check_finite, check_resume, check_settings, end, find_run, lock_run, make_data, parse_steps, read_steps, run_errors, start_log, stopped
+from runs import check_nan, check_resume, check_settings, end, find_run, lock_run, make_data, parse_steps, read_steps, run_errors, start_log, stopped
 from spectra import summary
 
 # --------------------------------------------------------------------------------------------------------------- settings
@@ -339,7 +339,7 @@ def main():
         if due or number or rank_due or step in snapshots:
             if unread:
                 report()  # a loss that is not finite ends the run here, before anything is saved
-            check_finite(model, world, script, step, latest)  # so does a weight
+            check_nan(model, world, script, step, latest)  # so does a weight
         if due or number:
             log_bytes = log.size() if first else 0
             save_checkpoint(step, log_bytes)  # before anything that can fail; a resumed run does all that follows again

@@ -132,6 +132,8 @@ def judge(outcome, name, canary=None):
         return "refused" if len(lines) == 1 and name in lines[0] else f"exit 2 with {len(lines)} lines, or not naming {name}: {outcome.err[:300]}"
     if outcome.code == 0:
         return "valid" if not re.search(r"(?<![\w./'-])(nan|inf|infinity)\b", outcome.out, re.I) else "valid, with numbers that are not finite"
+    if outcome.code == 1 and len(lines) == 1 and "the last good checkpoint is" in lines[0]:
+        return "refused"  # training found the weights to overflow, and saved nothing
     return f"exit {outcome.code}: {outcome.err[-300:]}"
 
 
