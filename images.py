@@ -104,12 +104,12 @@ def read_meta(folder):
     try:
         with open(path, encoding="utf-8") as file:
             meta = json.load(file)
-        for entry in meta["splits"].values():
+        for name, entry in meta["splits"].items():
             for n in (entry["images"], *(file["bytes"] for file in entry["files"])):
                 if type(n) is not int or not 0 <= n < 2**48:
                     raise ValueError(f"bad count {str(n)[:80]}")
-            if not all(os.path.basename(file["name"]) == file["name"] for file in entry["files"]):
-                raise ValueError("a file's name is no plain name")
+            if not {file["name"] for file in entry["files"]} <= {f"{name}.bin", f"{name}.idx"}:
+                raise ValueError(f"the files of {name[:80]} are its .bin and its .idx")
         if meta["kind"] != "images" or type(meta["short_side"]) is not int or not meta["classes"] or not isinstance(meta["classes"], list) \
                 or not all(isinstance(c, str) for c in meta["classes"]):
             raise ValueError('kind is "images", classes a list of names, short_side a number')

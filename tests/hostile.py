@@ -73,7 +73,7 @@ class Outcome(NamedTuple):
 def attempt(work, folder):
     """The Outcome of work() in a forked child, or of a command line (a list); one that takes too long is killed."""
     began, (out_file, err_file) = time.monotonic(), (open(os.path.join(folder, name), "w+b") for name in ("stdout", "stderr"))
-    base = 0 if isinstance(work, list) else pages(1) / 1e6
+    base = open(os.path.join(folder, "base"), "w+b")  # what the child has resident when it begins
     if isinstance(work, list):
         pid = subprocess.Popen([sys.executable, *work], cwd=REPO, env=environment(), stdout=out_file, stderr=err_file).pid
     else:
@@ -82,6 +82,8 @@ def attempt(work, folder):
     if not pid:
         code = 1
         try:
+            base.write(str(pages(1)).encode())
+            base.flush()
             os.dup2(out_file.fileno(), 1)
             os.dup2(err_file.fileno(), 2)
             sys.stdout, sys.stderr = open(1, "w"), open(2, "w", errors="backslashreplace")  # pytest has put its own in their place
@@ -102,11 +104,11 @@ def attempt(work, folder):
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
     texts = []
-    for file in (out_file, err_file):
+    for file in (out_file, err_file, base):
         with file:
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
-    used = done[2].ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6 - base
+    used = done[2].ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6 - int(texts.pop() or 0) / 1e6
     return Outcome(os.waitstatus_to_exitcode(done[1]), *texts, time.monotonic() - began, max(used, 0.0))
 
 
