@@ -257,6 +257,32 @@ def test_a_finished_folder_is_verified(prepare, tmp_path):  # noqa: F811
     assert status == 2 and "train_00000.bin is damaged" in output
 
 
+def test_a_line_of_one_nul_is_broken_not_too_long(prepare, tmp_path):  # noqa: F811
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n\0\n{"text": "b"}\n')
+    status, output = prepare(source=tmp_path / "a.jsonl", tokenizer="byte", val_fraction=0.0, test_fraction=0.0)
+    assert status == 0 and "1 broken JSON" in output and "a.jsonl:2" in output, output
+
+
+def test_files_of_images_have_their_names(tmp_path):
+    meta = hostile.write_images(tmp_path / "p", np.random.default_rng(0))
+    for name in ("a\0b", "val.bin", "../p/train.bin", 3, None):
+        (tmp_path / "p" / "meta.json").write_text(json.dumps(hostile.put(meta, ("splits", "train", "files", 0, "name"), name)))
+        with pytest.raises(ValueError, match="meta.json is not what"):
+            ImageSplit(str(tmp_path / "p"), "train")
+
+
+def test_an_evaluation_that_is_not_finite_is_refused(train, tmp_path, capsys):
+    """Weights that are finite and overflow: a file without checksums, a bit of an exponent flipped."""
+    train(tmp_path / "a", max_iters=0)
+    raw = load(str(tmp_path / "a" / "ckpt.pt"))
+    raw["model"]["transformer.h.1.mlp.c_fc.weight"][:] = 3e38
+    torch.save(raw, tmp_path / "b.pt")
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "c", init_from=str(tmp_path / "b.pt"), eval_only=True)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "b.pt: its loss is not finite" in err and not (tmp_path / "c" / "eval.json").exists()
+
+
 def test_odd_encodings_of_config_files(tmp_path, capsys):
     (tmp_path / "c.py").write_text("# -*- coding: rot13 -*-\nfrrq = 1")
     with pytest.raises(SystemExit) as stop:
