@@ -106,7 +106,7 @@ def train_step(model, world, inputs, loss, fast=None):
     """A function that takes one optimizer step of the model on the same inputs, a tuple, as the trainers take it, and returns the loss;
     loss: of what the model returns; fast: the model as it is called, compiled as the trainers do it by default."""
     model.to(world.device)
-    fast = fast or compiled(model, world)
+    fast = compiled(model, world) if fast is None else fast
     (optimizer,) = make_optimizers(decay_groups(model, 0.1, 0.1, 0.1), "adamw", 1e-3, 0.9, 0.95, 1e-8, 0.9, world.device.type)
 
     def step():
