@@ -77,9 +77,19 @@ def peak_memory(*names):
 
 
 def row(path, what, ours, floor_name, floor, **more):
-    print(f"{path:11}{what:58}{1e3 * ours:12.3f} ms{1e3 * floor:12.3f} ms{ours / floor:9.2f}   {floor_name}"
-          + "".join(f"; {name} {value:.4g}" for name, value in more.items()), flush=True)
+    print(f"{path}: {what}: {ours / floor:.2f} of {floor_name}", file=sys.stderr, flush=True)
     return {"path": path, "what": what, "seconds": ours, "floor": floor_name, "floor_seconds": floor, "ratio": ours / floor, **more}
+
+
+def table(rows):
+    """The rows as lines of markdown."""
+    lines = [["path", "what", "against", "ours, ms", "that, ms", "ratio", ""]]
+    for x in rows:
+        more = ", ".join(f"{name} {value:.4g}" for name, value in list(x.items())[6:])
+        lines.append([x["path"], x["what"], x["floor"], f"{1e3 * x['seconds']:.3f}", f"{1e3 * x['floor_seconds']:.3f}", f"{x['ratio']:.2f}", more])
+    wide = [max(len(line[i]) for line in lines) for i in range(6)] + [0]
+    lines.insert(1, ["-" * max(3, w) for w in wide])
+    return ["| " + " | ".join(text.ljust(w) for text, w in zip(line, wide)) + " |" for line in lines]
 
 # ------------------------------------------------------------------------------------------------------------ training step
 
@@ -493,15 +503,16 @@ def main(names):
             raise ValueError(f"--peer={peer} holds no model.py: expects a checkout of karpathy/nanoGPT")
         world = init_dist(device)
         pick_dtype(dtype, world.device)
-    print(f"{torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else world.device}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads, medians of {repeats} interleaved repeats")
-    print(f"{'':11}{'':58}{'ours':>15}{'floor':>15}{'ratio':>9}")
-    rows = []
-    for name in BENCHES if not names or "all" in names else names:
+    chip = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else str(world.device)
+    print(f"{chip}, torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {repeats} interleaved repeats", flush=True)
+    rows, chosen = [], list(BENCHES) if not names or "all" in names else names
+    for i, name in enumerate(chosen, 1):
+        print(f"[{i}/{len(chosen)}] {name}", file=sys.stderr, flush=True)
         rows += list(BENCHES[name](world) or [])
+    print("\n".join(table(rows)))
     os.makedirs(out_dir, exist_ok=True)
     save_json(os.path.join(out_dir, "bench.json"),
-              {"device": str(world.device), "torch": torch.__version__, "threads": torch.get_num_threads(), "repeats": repeats,
+              {"device": chip, "torch": torch.__version__, "threads": torch.get_num_threads(), "repeats": repeats,
                "command": " ".join(sys.argv), "rows": rows})
 
 
