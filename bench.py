@@ -1,19 +1,23 @@
 """
 How close each hot path is to its floor, in one interleaved run: medians, ratios, and bench.json.
 
-    python bench.py                       # all
-    python bench.py step spectra          # some of: step vit head batches spectra checkpoint prepare
-    python bench.py step --device=cuda    # the shapes follow the device: the demo's on a CPU, GPT-2 small's on a GPU
+    python bench.py                                 # all
+    python bench.py step spectra                    # some of: step variants vit head start batches spectra checkpoint prepare
+    python bench.py step --peer=../nanoGPT          # against nanoGPT's own training step too, from a checkout of it
+    python bench.py step --device=cuda              # the shapes follow the device: the demo's on a CPU, GPT-2 small's on a GPU
 
 A ratio is our time over the floor's: 1 is the floor itself. Floors: DESIGN section 3. Run it on an otherwise idle machine.
+On CUDA each contestant's peak memory stands behind its row. `vit` runs timm's ViT beside ours where timm is installed.
 """
 import contextlib
 import glob
+import importlib.util
 import io
 import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -39,77 +43,184 @@ repeats = 7             # of each contestant, interleaved; medians are printed
 device = "auto"         # auto, cpu, cuda, mps
 dtype = "auto"          # autocast of the training step, as in train_lm.py
 compile = "auto"        # torch.compile of the training step: auto (on CUDA), true, false
+peer = ""               # a checkout of karpathy/nanoGPT: its training step beside ours
 text = ""               # .jsonl or .jsonl.zst for prepare; empty: this Python's library and packages
 out_dir = "out/bench"   # where bench.json goes
 
 
 def interleaved(contestants, world):
-    """Median seconds of each contestant, {name: function without arguments}, run in turn `repeats` times after a warm-up."""
+    """Median seconds of each contestant, {name: function without arguments}, run in turn `repeats` times after a warm-up; on CUDA
+    the memory that it takes at its peak beyond what stays goes into MEMORY[name], in MB."""
     times = {name: [] for name in contestants}
     for i in range(repeats + 1):
         for name, function in contestants.items():
             synchronize(world.device)
+            if world.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
             start = time.perf_counter()
             function()
             synchronize(world.device)
             if i:
                 times[name].append(time.perf_counter() - start)
+            if world.device.type == "cuda":
+                MEMORY[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+MEMORY = {}
+
+
+def peak_memory(*names):
+    """{"peak_MB ...": MB} of contestants of the last interleaved run on CUDA; nothing elsewhere."""
+    return {f"peak_MB_{name}": MEMORY[name] for name in names if name in MEMORY}
+
+
 def row(path, what, ours, floor_name, floor, **more):
-    print(f"{path:11}{what:58}{1e3 * ours:12.3f} ms{1e3 * floor:12.3f} ms{ours / floor:9.2f}   {floor_name}"
-          + "".join(f"; {name} {value:.4g}" for name, value in more.items()), flush=True)
+    print(f"{path}: {what}: {ours / floor:.2f} of {floor_name}", file=sys.stderr, flush=True)
     return {"path": path, "what": what, "seconds": ours, "floor": floor_name, "floor_seconds": floor, "ratio": ours / floor, **more}
 
 
+def table(rows):
+    """The rows as lines of markdown."""
+    lines = [["path", "what", "against", "ours, ms", "that, ms", "ratio", ""]]
+    for x in rows:
+        more = ", ".join(f"{name} {value:.4g}" for name, value in list(x.items())[6:])
+        lines.append([x["path"], x["what"], x["floor"], f"{1e3 * x['seconds']:.3f}", f"{1e3 * x['floor_seconds']:.3f}", f"{x['ratio']:.2f}", more])
+    wide = [max(len(line[i]) for line in lines) for i in range(6)] + [0]
+    lines.insert(1, ["-" * max(3, w) for w in wide])
+    return ["| " + " | ".join(text.ljust(w) for text, w in zip(line, wide)) + " |" for line in lines]
+
+# ------------------------------------------------------------------------------------------------------------ training step
+
 def shapes(world):
-    """Model and batch of the step benchmark: the demo's on a CPU, GPT-2 small's with P1's context on a GPU."""
+    """Models and batches of the step benchmark: the demo's on a CPU, also with GPT-2's vocabulary; GPT-2 small's on a GPU, with P1's
+    context and its own."""
     if world.device.type == "cuda":
-        return {"vocab_size": 50304, "block_size": 756, "n_layer": 12, "n_head": 12, "n_embd": 768, "bias": False}, 32
-    return {"vocab_size": 320, "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128, "bias": False}, 16
+        small = {"vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768, "bias": False}
+        return [({**small, "block_size": 756}, 32), ({**small, "block_size": 1024}, 24)]
+    demo = {"block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128, "bias": False}
+    return [({**demo, "vocab_size": 320}, 16), ({**demo, "vocab_size": 50304}, 16)]
 
 
-def train_step(model, world, inputs, loss):
-    """A function that takes one optimizer step of the model on the same inputs, a tuple; loss: of what the model returns."""
-    model.to(world.device)
+def compiled(model, world, **options):
+    return torch.compile(model, **options) if compile == "true" or (compile == "auto" and world.device.type == "cuda") else model
+
+
+def autocast(world):
     amp = pick_dtype(dtype, world.device)
-    fast = torch.compile(model) if compile == "true" or (compile == "auto" and world.device.type == "cuda") else model
-    autocast = torch.autocast(world.device.type, amp) if amp != torch.float32 else contextlib.nullcontext()
+    return torch.autocast(world.device.type, amp) if amp != torch.float32 else contextlib.nullcontext()
+
+
+def train_step(model, world, inputs, loss, fast=None):
+    """A function that takes one optimizer step of the model on the same inputs, a tuple, as the trainers take it, and returns the loss;
+    loss: of what the model returns; fast: the model as it is called, compiled as the trainers do it by default."""
+    model.to(world.device)
+    fast = compiled(model, world) if fast is None else fast
     (optimizer,) = make_optimizers(decay_groups(model, 0.1, 0.1, 0.1), "adamw", 1e-3, 0.9, 0.95, 1e-8, 0.9, world.device.type)
 
     def step():
-        with autocast:
-            out = fast(*inputs)
-        loss(out).backward()
+        with autocast(world):
+            value = loss(fast(*inputs))
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return value.detach()
+
+    return step
+
+
+def nanogpt_step(model, world, inputs):
+    """nanoGPT's own training step (the loop of its train.py, its model, its optimizer) from our model's weights, on the same inputs."""
+    model_py = os.path.join(peer, "model.py")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", model_py)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclass looks itself up there
+    with contextlib.redirect_stdout(io.StringIO()):
+        spec.loader.exec_module(module)
+        theirs = module.GPT(module.GPTConfig(**model.args))
+        theirs.load_state_dict(model.state_dict())
+        theirs.to(world.device)
+        optimizer = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.95), world.device.type)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=False)
+    fast = compiled(theirs, world)
+
+    def step():
+        with autocast(world):
+            _, loss = fast(*inputs)
+            loss = loss / 1  # gradient_accumulation_steps
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     return step
 
 
 def bench_step(world):
-    """One optimizer step against its model FLOPs at the rate of a large GEMM; and what measuring rank adds at the default interval."""
-    args, B = shapes(world)
-    model = GPT(**args)
-    init_weights(model, 0)
-    x = torch.randint(args["vocab_size"], (B, args["block_size"]), device=world.device)
-    step = train_step(model, world, (x, x), lambda out: out[1])
+    """One optimizer step against its model FLOPs at the rate of a large GEMM, and against nanoGPT's; what measuring rank adds."""
     amp = pick_dtype(dtype, world.device)
-    flops = model.flops_per_token(args["block_size"]) * x.numel()
     n = 2048 if world.device.type == "cpu" else 8192
     a = torch.randn(n, n, device=world.device, dtype=amp)
-    times = interleaved({"step": step, "gemm": lambda: a @ a,
-                         "rank": lambda: summary(attention_layers(model.state_dict(), args["n_head"]))}, world)
-    floor = flops / (2 * n**3 / times["gemm"])
-    peak = peak_flops(world.device, amp)[0]
-    what = f"{args['n_layer']} layers, {args['n_embd']} wide, {B} x {args['block_size']} tokens, {str(amp)[6:]}"
-    yield row("step", what, times["step"], f"its FLOPs at the rate of a {n} GEMM", floor, tokens_per_s=x.numel() / times["step"],
-              mfu=floor / times["step"], mfu_of_peak=flops / times["step"] / peak)
-    amortised = times["rank"] / train_lm.rank_interval
-    yield row("step", f"rank of every head, each {train_lm.rank_interval} steps", times["step"] + amortised, "the step without",
-              times["step"], rank_seconds=times["rank"], percent=100 * amortised / times["step"])
+    for args, B in shapes(world):
+        model = GPT(**args)
+        init_weights(model, 0)
+        x = torch.randint(args["vocab_size"], (B, args["block_size"] + 1), device=world.device)
+        inputs, losses = (x[:, :-1].contiguous(), x[:, 1:].contiguous()), {"step": [], "nanoGPT": []}
+        steps = {**({"nanoGPT": nanogpt_step(model, world, inputs)} if peer else {}),
+                 "step": train_step(model, world, inputs, lambda out: out[1])}
+        times = interleaved({**{name: lambda step=step, values=losses[name]: values.append(step()) for name, step in steps.items()},
+                             "gemm": lambda: a @ a,
+                             "rank": lambda model=model: summary(attention_layers(model.state_dict(), model.args["n_head"]))}, world)
+        flops = model.flops_per_token(args["block_size"]) * inputs[0].numel()
+        floor = flops / (2 * n**3 / times["gemm"])
+        what = f"{args['n_layer']} layers, {args['n_embd']} wide, {args['vocab_size']} ids, {B} x {args['block_size']} tokens, {str(amp)[6:]}"
+        yield row("step", what, times["step"], f"its FLOPs at the rate of a {n} GEMM", floor, tokens_per_s=inputs[0].numel() / times["step"],
+                  mfu=floor / times["step"], mfu_of_peak=flops / times["step"] / peak_flops(world.device, amp)[0], **peak_memory("step"))
+        if peer:
+            apart = max(abs(float(p - q)) for p, q in zip(losses["step"], losses["nanoGPT"], strict=True))
+            yield row("step", what, times["step"], "nanoGPT's step", times["nanoGPT"], times_its_tokens_per_s=times["nanoGPT"] / times["step"],
+                      losses_apart=apart, loss=float(losses["step"][-1]), **peak_memory("step", "nanoGPT"))
+        amortised = times["rank"] / train_lm.rank_interval
+        yield row("step", f"rank of every head, each {train_lm.rank_interval} steps", times["step"] + amortised, "the step without",
+                  times["step"], rank_seconds=times["rank"], percent=100 * amortised / times["step"])
+
+
+def bench_variants(world):
+    """What could make the step faster, each alone against the step as it is: attention kernels, ways to compile, chunked head and loss."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    args, B = shapes(world)[0]
+    x = torch.randint(args["vocab_size"], (B, args["block_size"]), device=world.device)
+    kernels = {name: getattr(SDPBackend, name) for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")}
+    ways = {"dynamic=False": {"dynamic": False}, "max-autotune-no-cudagraphs": {"mode": "max-autotune-no-cudagraphs"},
+            "reduce-overhead": {"mode": "reduce-overhead"}, "eager": None, "default": {}}
+    variants = {**{f"SDPA {name}": (kernel, compiled) for name, kernel in kernels.items()},
+                **{f"compile {name}": (None, lambda model, world, way=way: model if way is None else torch.compile(model, **way))
+                   for name, way in ways.items()}}
+
+    def make(kernel=None, wrap=compiled):
+        model = GPT(**args)
+        init_weights(model, 0)
+        step = train_step(model, world, (x, x), lambda out: out[1], wrap(model.to(world.device), world))
+        return (lambda: in_kernel(step, kernel)) if kernel else step
+
+    def in_kernel(step, kernel):
+        with sdpa_kernel(kernel):
+            return step()
+
+    for name, variant in variants.items():
+        step = make(*variant)
+        try:
+            step()
+        except Exception as error:  # compilers and kernels fail in dozens of ways where they are not for this machine
+            print(f"variants   {name}: not on this machine ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]})", flush=True)
+            continue
+        times = interleaved({"variant": step, "default": make()}, world)
+        yield row("variants", name, times["variant"], "the step as it is", times["default"], **peak_memory("variant", "default"))
+        torch.compiler.reset()
 
 
 def bench_head(world):
@@ -126,30 +237,15 @@ def bench_head(world):
                   logits_MB=N * V * 4 / 2**20)
 
 
-def bench_batches(world):
-    """P1's batch, 128 windows of 757 tokens out of 200 M, against a memcpy of the same bytes; its share of a training step."""
-    with tempfile.TemporaryDirectory() as folder:
-        n, T = 200_000_000, 756
-        np.resize(np.arange(50257, dtype="<u2"), n).tofile(os.path.join(folder, "train.bin"))
-        entry = {"tokens": n, "documents": 1, "files": [{"name": "train.bin", "tokens": n}]}
-        with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as file:
-            json.dump({"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16", "splits": {"train": entry}}, file)
-        split, start = TokenSplit(folder, "train", T), iter(range(0, 10**9, 128))
-        block = np.zeros((128, T + 1), dtype=np.int64)  # the bytes a batch ends as
-        copy = np.zeros_like(block)
-        times = interleaved({"sample": lambda: [split.sample(0, next(start), 128) for _ in range(50)],
-                             "memcpy": lambda: [np.copyto(copy, block) for _ in range(50)]}, world)
-        yield row("batches", "128 x 757 of 200 M tokens, shuffled, checked, int64", times["sample"] / 50, "memcpy of the batch", times["memcpy"] / 50)
-
-
 def bench_vit(world):
     """ViT-S/16 at 224: one optimizer step against its model FLOPs at the rate of a large GEMM; and what feeds it, from a folder of
     stored images of short side 256 that the page cache holds, to batches of the recipe's crops, RandAugment and mixup on the device."""
     B = 128 if world.device.type == "cuda" else 8
     model = ViT(1000, 224, **vit_size("S/16"))
     init_weights(model, 0)
-    step = train_step(model, world, (torch.randn(B, 3, 224, 224, device=world.device),),
-                      lambda logits: F.cross_entropy(logits.float(), torch.zeros(B, dtype=torch.long, device=world.device)))
+    pictures, labels = torch.randn(B, 3, 224, 224, device=world.device), torch.zeros(B, dtype=torch.long, device=world.device)
+    step = train_step(model, world, (pictures,), lambda logits: F.cross_entropy(logits.float(), labels))
+    peers = {"timm": timm_step(world, pictures, labels)} if importlib.util.find_spec("timm") else {}
     amp = pick_dtype(dtype, world.device)
     n = 2048 if world.device.type == "cpu" else 8192
     a = torch.randn(n, n, device=world.device, dtype=amp)
@@ -171,16 +267,89 @@ def bench_vit(world):
         def copies():  # the bytes that a batch is read from
             return split.pixels[:B * 3 * shape[0] * shape[1]].copy()
 
-        times = interleaved({"step": step, "gemm": lambda: a @ a, "load": lambda: next(stream), "memcpy": copies,
+        times = interleaved({"step": step, **peers, "gemm": lambda: a @ a, "load": lambda: next(stream), "memcpy": copies,
                              "augment": lambda: train_vit.augment(*ready, train_vit.sample_numbers(next(number), 0, world), split.meta)}, world)
     floor = model.flops_per_image() * B / (2 * n**3 / times["gemm"])
     yield row("vit", f"ViT-S/16 at 224, batch {B}, {str(amp)[6:]}", times["step"], f"its FLOPs at the rate of a {n} GEMM", floor,
-              images_per_s=B / times["step"], mfu=floor / times["step"])
+              images_per_s=B / times["step"], mfu=floor / times["step"], **peak_memory("step"))
+    if peers:
+        yield row("vit", f"ViT-S/16 at 224, batch {B}, {str(amp)[6:]}", times["step"], "timm's ViT-S/16 in its loop", times["timm"],
+                  times_its_images_per_s=times["timm"] / times["step"], **peak_memory("step", "timm"))
     yield row("vit", "reading crops of stored images, per batch", times["load"], "memcpy of the whole images", times["memcpy"],
               images_per_s=B / times["load"])
     feed = times["load"] + times["augment"]
     yield row("vit", "reading and augmenting, one after the other", feed, "the step that it feeds", times["step"], images_per_s=B / feed,
               times_the_steps_rate=times["step"] / feed)
+
+
+def timm_step(world, pictures, labels):
+    """A step of timm's vit_small_patch16_224 as its train.py takes it by default: autocast, no compilation, clipping, AdamW by groups."""
+    import timm
+    import timm.optim
+    model = timm.create_model("vit_small_patch16_224", num_classes=1000).to(world.device)
+    optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
+
+    def step():
+        with autocast(world):
+            loss = F.cross_entropy(model(pictures), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+# ---------------------------------------------------------------------------------------------------------- beside the step
+
+def bench_start(world):
+    """From the command line to the first optimizer step of the demo's model, not compiled, against importing torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(os.path.join(folder, "text"), np.resize(np.arange(256, dtype="<u2"), 1_000_000), "byte", 257)
+        here = os.path.dirname(os.path.abspath(__file__))
+        command = [sys.executable, os.path.join(here, "train_lm.py"), os.path.join(here, "config", "demo.py"), "--dataset=text",
+                   f"--data_dir={folder}", f"--out_dir={folder}/run", "--overwrite", "--log_interval=1", "--eval_iters=1", "--compile=false",
+                   f"--device={world.device}"]
+
+        def first_step():
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+                if not any(line.startswith("step 0: loss") for line in process.stdout):
+                    raise RuntimeError(f"{' '.join(command)} took no step")
+                process.kill()
+
+        times = interleaved({"start": first_step, "torch": lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True)}, world)
+    yield row("start", "train_lm.py config/demo.py to its first step", times["start"], "import torch", times["torch"])
+
+
+def write_tokens(folder, tokens, tokenizer, vocab_size):
+    """A data folder whose train, val and test splits are all these tokens, uint16."""
+    os.makedirs(folder, exist_ok=True)
+    tokens.tofile(os.path.join(folder, "train.bin"))
+    entry = {"tokens": len(tokens), "documents": 1, "files": [{"name": "train.bin", "tokens": len(tokens)}]}
+    save_json(os.path.join(folder, "meta.json"), {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": "uint16",
+                                                  "splits": {split: entry for split in ("train", "val", "test")}})
+
+
+def bench_batches(world):
+    """P1's batch, 128 windows of 757 tokens out of 200 M, against a memcpy of the same bytes and against nanoGPT's way."""
+    with tempfile.TemporaryDirectory() as folder:
+        n, T, B = 200_000_000, 756, 128
+        write_tokens(folder, np.resize(np.arange(50257, dtype="<u2"), n), "gpt2", 50257)
+        split, start = TokenSplit(folder, "train", T), iter(range(0, 10**9, B))
+        block = np.zeros((B, T + 1), dtype=np.int64)  # the bytes a batch ends as
+        copy = np.zeros_like(block)
+
+        def nanogpt():  # get_batch of its train.py
+            data = np.memmap(os.path.join(folder, "train.bin"), dtype=np.uint16, mode="r")
+            ix = torch.randint(len(data) - T, (B,))
+            return (torch.stack([torch.from_numpy(data[i:i + T].astype(np.int64)) for i in ix]),
+                    torch.stack([torch.from_numpy(data[i + 1:i + 1 + T].astype(np.int64)) for i in ix]))
+
+        times = interleaved({"sample": lambda: [split.sample(0, next(start), B) for _ in range(50)],
+                             "memcpy": lambda: [np.copyto(copy, block) for _ in range(50)],
+                             "nanoGPT": lambda: [nanogpt() for _ in range(50)]}, world)
+    what = "128 x 757 of 200 M tokens, shuffled, checked, int64"
+    yield row("batches", what, times["sample"] / 50, "memcpy of the batch", times["memcpy"] / 50)
+    yield row("batches", what, times["sample"] / 50, "nanoGPT's get_batch", times["nanoGPT"] / 50, times_faster=times["nanoGPT"] / times["sample"])
 
 
 def bench_spectra(world):
@@ -319,8 +488,8 @@ def bench_texts():
     return texts
 
 
-BENCHES = {"step": bench_step, "vit": bench_vit, "head": bench_head, "batches": bench_batches, "spectra": bench_spectra,
-           "checkpoint": bench_checkpoint, "prepare": bench_prepare}
+BENCHES = {"step": bench_step, "variants": bench_variants, "vit": bench_vit, "head": bench_head, "start": bench_start,
+           "batches": bench_batches, "spectra": bench_spectra, "checkpoint": bench_checkpoint, "prepare": bench_prepare}
 
 
 def main(names):
@@ -330,19 +499,22 @@ def main(names):
             raise ValueError(f"no benchmark {unknown[0]}: there are {', '.join(BENCHES)}, all")
         if repeats < 1:
             raise ValueError(f"--repeats={repeats} must be at least 1")
+        if peer and not os.path.isfile(os.path.join(peer, "model.py")):
+            raise ValueError(f"--peer={peer} holds no model.py: expects a checkout of karpathy/nanoGPT")
         world = init_dist(device)
         pick_dtype(dtype, world.device)
-    print(f"{torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else world.device}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads, medians of {repeats} interleaved repeats")
-    print(f"{'':11}{'':58}{'ours':>15}{'floor':>15}{'ratio':>9}")
-    rows = []
-    for name in BENCHES if not names or "all" in names else names:
+    chip = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else str(world.device)
+    print(f"{chip}, torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {repeats} interleaved repeats", flush=True)
+    rows, chosen = [], list(BENCHES) if not names or "all" in names else names
+    for i, name in enumerate(chosen, 1):
+        print(f"[{i}/{len(chosen)}] {name}", file=sys.stderr, flush=True)
         rows += list(BENCHES[name](world) or [])
+    print("\n".join(table(rows)))
     os.makedirs(out_dir, exist_ok=True)
     save_json(os.path.join(out_dir, "bench.json"),
-              {"device": str(world.device), "torch": torch.__version__, "threads": torch.get_num_threads(), "repeats": repeats,
+              {"device": chip, "torch": torch.__version__, "threads": torch.get_num_threads(), "repeats": repeats,
                "command": " ".join(sys.argv), "rows": rows})
 
 
 if __name__ == "__main__":
-    main(configure(globals(), positional="[step|vit|head|batches|spectra|checkpoint|prepare|all ...]"))
+    main(configure(globals(), positional="[step|variants|vit|head|start|batches|spectra|checkpoint|prepare|all ...]"))

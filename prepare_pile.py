@@ -6,8 +6,9 @@ Raw text in, token ids that trainers memory-map out: `data/NAME/`, as batches.py
     python prepare_pile.py --source=a.jsonl.zst,folder --dataset=mine --val_source=val.jsonl.zst
     python prepare_pile.py --num_shards=4 --shard_index=0    # the first of four machines
 
-Sources: `python`, files or folders (comma-separated) of .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt, or a Hugging Face
-dataset (org/name or org/name/folder) of such files. A .txt file is a document; beyond 1 MiB it is cut behind lines.
+Sources: `python` (this Python's own library), `packages` (and what is installed: .py, .pyi, .md, .rst, .txt), files or folders
+(comma-separated) of .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt, or a Hugging Face dataset (org/name or org/name/folder) of such
+files. A .txt file is a document; beyond 1 MiB it is cut behind lines.
 
 Splits: files of their own where --val_source, --test_source are given or a source's files are named by split
 (train/00.jsonl.zst, val.jsonl.zst ...); else a hash of the document's text decides, so that equal texts stay together.
@@ -51,7 +52,7 @@ except ImportError:
 
 # ------------------------------------------------------------------------------------------------------------ settings
 # what to read
-source = "monology/pile-uncopyrighted"  # python, files or folders (comma-separated), or a Hugging Face dataset id
+source = "monology/pile-uncopyrighted"  # python, packages, files or folders (comma-separated), or a Hugging Face dataset id
 val_source = ""                         # files or folders of the val split; empty: files named so, else by hash
 test_source = ""                        # files or folders of the test split; empty: files named so, else by hash
 val_fraction = 0.02                     # share of documents, by hash, where val has no files of its own

@@ -45,8 +45,9 @@ class Input(NamedTuple):
 
 def find_files(places):
     """The files of a source, sorted, `split` set to val or test where names say so. Raises ValueError where there are none."""
-    if places == "python":
-        return walk(sysconfig.get_path("stdlib"), (".py",), without=("site-packages", "dist-packages", "test", "tests", "idle_test"))
+    if places in ("python", "packages"):
+        library = walk(sysconfig.get_path("stdlib"), (".py",), without=("site-packages", "dist-packages", "test", "tests", "idle_test"))
+        return library + (walk(sysconfig.get_path("purelib"), (".py", ".pyi", ".md", ".rst", ".txt")) if places == "packages" else [])
     found = []
     for place in places.split(","):
         if os.path.isdir(place):

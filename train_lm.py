@@ -198,8 +198,8 @@ def main():
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
     compiling = compile == "true" or (compile == "auto" and world.device.type == "cuda")
     fast = torch.compile(model) if compiling else model
-    parallel = DistributedDataParallel(fast, device_ids=[world.device.index] if world.device.type == "cuda" else None) \
-        if world.size > 1 else fast
+    parallel = DistributedDataParallel(fast, device_ids=[world.device.index] if world.device.type == "cuda" else None,
+                                       gradient_as_bucket_view=True) if world.size > 1 else fast  # gradients live in what travels: no copy
     autocast = torch.autocast(world.device.type, amp) if amp != torch.float32 else contextlib.nullcontext()
 
     if eval_only:

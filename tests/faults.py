@@ -1,18 +1,18 @@
 """
 Fault trials: programs killed, stopped, on a full disk, at random moments, then driven to the end. What comes out must be an undisturbed run's.
 
-    python tests/faults.py                                   # all trials, some 40 minutes on two cores
-    python tests/faults.py train_lm --kills=100 --seed=0     # one: kills of train_lm.py
+    python tests/faults.py                                   # all trials
+    python tests/faults.py train_lm --kills=100 --seed=0     # one: kills of train_lm.py; some five minutes on a core
     unshare -rm python tests/faults.py disk                  # as root without unshare: a small tmpfs is mounted
 
-Trials: train_lm, train_vit, prepare_pile, prepare_imagenet, sweep (SIGKILL); signals (SIGTERM and SIGINT, all but sweep); torchrun (two
-processes, one of them killed, --max-restarts; and SIGTERM or Ctrl-C); disk (it fills up).
+Trials: train_lm, train_vit, prepare_pile, prepare_imagenet, sweep (SIGKILL); all but sweep: saves (SIGKILL as soon as a file is being
+replaced), signals (SIGTERM and SIGINT), disk (it fills up); torchrun (two processes, one of them killed, --max-restarts; and SIGTERM or Ctrl-C).
 
 A kill comes at a moment drawn uniformly over the time that an undisturbed run takes, counted from the last start: so in imports of
 scripts, loading, training, saving and at the end. The run is started again by the same command until it ends by itself, then its files are
 compared and the next begins. Processes are forked from this one, which has torch imported, and run the script as __main__ (a real death,
-without seconds of imports); every tenth is the command line itself. Half of the kills hit the process and all that it started, half the
-process alone: its workers must go too.
+without seconds of imports); where ten faults or more are asked for every tenth is the command line itself. Half of the kills hit the
+process and all that it started, half the process alone: its workers must go too.
 
 Compared to the byte: token and pixel files, records, meta.json, tables; every tensor and number of ckpt.pt and step_*.pt; log.jsonl, result.json.
 Left out: seconds, tokens_per_s, images_per_s, mfu (time), out_dir (the place), log_bytes (the length of lines with times in them), output.log.
@@ -56,13 +56,13 @@ from common import time_left, write_atomic  # noqa: E402
 from configurator import configure  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------------------- settings
-kills = 100                     # kills of each program; a fifth of it in the trials signals, torchrun and disk
+kills = 100                     # kills of each program; a fifth of it in the trials saves, signals, torchrun and disk
 seed = 0                        # of the moments
 out_dir = "results/trust"       # where faults.csv goes
 # ------------------------------------------------------------------------------------------------------------------------
 
 KILLED = ("train_lm", "train_vit", "prepare_pile", "prepare_imagenet")
-TRIALS = (*KILLED, "sweep", "signals", "torchrun", "disk")
+TRIALS = (*KILLED, "sweep", "saves", "signals", "torchrun", "disk")
 TIMES = ("seconds", "tokens_per_s", "images_per_s", "mfu", "log_bytes", "out_dir")
 STEPS = {"max_iters": 60, "warmup_iters": 5, "eval_interval": 10, "log_interval": 5, "rank_interval": 10, "snapshot_steps": "every:20",
          "eval_iters": 2, "n_layer": 2, "n_head": 2, "n_embd": 32, "batch_size": 4, "total_batch_size": 8, "device": "cpu", "dropout": 0.1}
@@ -195,16 +195,16 @@ def start(args, log, real=False):
         os._exit(status if isinstance(status, int) else 1)
 
 
-def wait(pid, seconds):
-    """The exit status of a child as subprocess has it, None where it lives on after so many seconds."""
+def wait(pid, seconds, until=None):
+    """The exit status of a child as subprocess has it, None where it lives on after so many seconds or when until() is true."""
     deadline = time.monotonic() + seconds
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= deadline or until and until():
             return None
-        time.sleep(min(0.002, max(0.0, deadline - time.monotonic())))
+        time.sleep(min(0.0002 if until else 0.002, max(0.0, deadline - time.monotonic())))
 
 
 def family(pid):
@@ -246,6 +246,11 @@ def gone(pids, seconds=20):
     return left
 
 
+def in_a_save(folder):
+    """Whether a file is just being written that is to replace another (common.write_atomic)."""
+    return any(re.search(r"\.tmp\d+$", name) for _, _, names in os.walk(folder) for name in names)
+
+
 @functools.cache
 def whole(program, work, real=False):
     """(files of an undisturbed run, seconds that it took), a forked one or the command line; in work/NAME, where the trainers find their data."""
@@ -274,7 +279,7 @@ class Tally:
         self.open += 1
         self.row["command_line"] += real
         self.row["before_first_save"] += not any(folder.glob(program.saved))
-        self.row["in_a_save"] += any(re.search(r"\.tmp\d+$", path.name) for path in folder.rglob("*.tmp*"))
+        self.row["in_a_save"] += in_a_save(folder)
         done, spent = self.row["faults"], time.monotonic() - self.began
         if time.monotonic() - self.spoke > 10:
             self.spoke = time.monotonic()
@@ -298,11 +303,11 @@ class Tally:
         return self.row
 
 
-def trouble(program, work, faults, numbers=(signal.SIGKILL,), trial=""):
-    """Hits a program with signals at random moments until there were so many; returns the row."""
+def trouble(program, work, faults, numbers=(signal.SIGKILL,), trial="", aimed=False):
+    """Hits a program with signals at random moments, or (`aimed`) in the save that comes next, until there were so many; returns the row."""
     tally, rng = Tally(trial or program.name, faults), random.Random(f"{seed} {trial} {program.name}")
     (want, seconds), log = whole(program, work), work / f"{program.name}.log"
-    again, seconds_real = whole(program, work, real=True)
+    again, seconds_real = whole(program, work, real=True) if faults >= 10 else (want, seconds)
     tally.row["seconds_undisturbed"] = round(seconds, 2)
     if wrong := differences(want, again):
         tally.end(f"two undisturbed runs differ in {wrong}")
@@ -313,10 +318,12 @@ def trouble(program, work, faults, numbers=(signal.SIGKILL,), trial=""):
         log.unlink(missing_ok=True)
         for attempt in itertools.count():
             tally.row["restarts"] += attempt > 0
-            real, alone, number = rng.random() < 0.1, rng.random() < 0.5, rng.choice(numbers)
+            real, alone, number = rng.random() < 0.1 and faults >= 10, rng.random() < 0.5, rng.choice(numbers)
             moment = rng.uniform(0, seconds_real if real else seconds)
             pid = start(program.args(folder), log, real)
             status = wait(pid, moment if tally.more() else 600)
+            if status is None and aimed:
+                status = wait(pid, 60, lambda: in_a_save(folder))  # noqa: B023
             if status is None:
                 everyone = family(pid)
                 kill(everyone if number == signal.SIGKILL and not alone else [pid], number)
@@ -442,7 +449,9 @@ def main(trials):
         work = pathlib.Path(work)
         known = programs(work)
         for trial in trials:
-            if trial == "signals":
+            if trial == "saves":
+                rows += [trouble(known[name], work, fewer, trial=f"saves: {name}", aimed=True) for name in KILLED]
+            elif trial == "signals":
                 rows += [trouble(known[name], work, fewer, (signal.SIGTERM, signal.SIGINT), f"signals: {name}") for name in KILLED]
             elif trial == "disk":
                 rows += [disk_full(known[name], work, fewer) for name in KILLED]

@@ -147,15 +147,20 @@ def test_text_files_and_folders(prepare, tmp_path):
     assert sorted(set(found) - set(pieces_of_lines) - set(pieces_of_solid)) == ["two", "é\r\n"]
 
 
-def test_python_as_bytes(prepare, tmp_path, monkeypatch):
+def test_python_and_packages(prepare, tmp_path, monkeypatch):
     (tmp_path / "lib" / "site-packages").mkdir(parents=True)
-    for name, text in (("b.py", "b = 'é'\n"), ("a.py", "a = 1\n"), ("site-packages/c.py", "no"), ("d.txt", "no")):
+    for name, text in (("b.py", "b = 'é'\n"), ("a.py", "a = 1\n"), ("site-packages/c.py", "c"), ("site-packages/c.rst", "d"), ("d.txt", "no"),
+                       ("site-packages/c.so", "no")):
         (tmp_path / "lib" / name).write_text(text, encoding="utf-8")
-    monkeypatch.setattr(text_files.sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
+    places = {"stdlib": tmp_path / "lib", "purelib": tmp_path / "lib" / "site-packages"}
+    monkeypatch.setattr(text_files.sysconfig, "get_path", lambda name: str(places[name]))
     assert prepare(source="python", dataset="auto", tokenizer="auto", **NO_SPLIT)[0] == 0
     folder = tmp_path / "data" / "python"
-    assert ids(folder, "train") == [*b"a = 1\n", 256, *"b = 'é'\n".encode(), 256]
+    library = [*b"a = 1\n", 256, *"b = 'é'\n".encode(), 256]
+    assert ids(folder, "train") == library
     assert read_meta(str(folder))["vocab_size"] == 257
+    assert prepare(source="packages", dataset="packages", tokenizer="byte", **NO_SPLIT)[0] == 0
+    assert ids(tmp_path / "data" / "packages", "train") == [*library, *b"c", 256, *b"d", 256]
 
 
 def test_hub(prepare, tmp_path, monkeypatch):
