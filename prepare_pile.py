@@ -17,8 +17,9 @@ Ids: tiktoken's encode_ordinary and end-of-text, document by document. Lone surr
 a document that overflows tiktoken's regex (several 100,000 spaces in a row) is encoded in pieces of 50,000 characters.
 
 Killed at any instant and run again, it goes on from its last safe point and ends in the same bytes as an undisturbed run.
-meta.json, without which no trainer reads the folder, comes last. Several machines run the same command, each with its own
---shard_index, in one folder or in several that are copied together; then any of them once more writes meta.json.
+meta.json, without which no trainer reads the folder, comes last; from then on the same command verifies all checksums.
+Several machines run the same command, each with its own --shard_index, in one folder or in several that are copied together;
+then any of them once more writes meta.json.
 Beyond some 30 cores run several such parts side by side on one machine: one process reads for all its workers.
 
 Memory does not grow with the input: 2 chunks of 1 MiB in flight per worker, and some 20 times the longest document, which
