@@ -397,9 +397,13 @@ def load_optimizers(optimizers, saved, path):
             for old, new in zip(state["param_groups"], opt.param_groups):
                 old.update({name: value for name, value in new.items() if name not in ("params", "lr")})
             opt.load_state_dict(state)
+            if len({frozenset(moments) for moments in opt.state.values()}) > 1 or len(opt.state) not in (
+                    0, sum(len(group["params"]) for group in opt.param_groups)):  # 0: saved before its first step
+                raise ValueError("not all parameters have the same moments")
             for p, moments in opt.state.items():
                 for name, x in moments.items():
-                    if isinstance(x, torch.Tensor) and (x.shape not in ((), p.shape) or not x.isfinite().all()):
-                        raise ValueError(f"{name} of a parameter {tuple(p.shape)} is {tuple(x.shape)}, or not finite")
+                    shape = tuple(x.shape) if isinstance(x, torch.Tensor) else () if x is None or type(x) in (int, float) else str(x)[:50]
+                    if shape not in ((), tuple(p.shape)) or isinstance(x, torch.Tensor) and not x.isfinite().all():
+                        raise ValueError(f"{name} of a parameter {tuple(p.shape)} is {shape}, or not finite")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: its optimizer's state does not fit the model ({type(error).__name__}: {str(error)[:200]})") from None

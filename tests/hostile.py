@@ -121,7 +121,7 @@ def pages(which):
 
 
 def judge(outcome, name, canary=None):
-    """"refused", "valid", or what is wrong with it. name: what the line must name."""
+    """"refused", "valid", or what is wrong with it. name: what the line must name, alternatives separated by |."""
     lines = [line for line in outcome.err.strip().splitlines() if "%|" not in line]  # without progress bars
     if canary and os.path.exists(canary):
         os.unlink(canary)
@@ -131,7 +131,7 @@ def judge(outcome, name, canary=None):
     if "Traceback" in outcome.err:
         return f"traceback: {lines[-1][:200]}"
     if outcome.code == 2:
-        return "refused" if len(lines) == 1 and name in lines[0] else f"exit 2 with {len(lines)} lines, or not naming {name}: {outcome.err[:300]}"
+        return "refused" if len(lines) == 1 and any(word in lines[0] for word in name.split("|")) else f"exit 2 with {len(lines)} lines, or not naming {name}: {outcome.err[:300]}"
     if outcome.code == 0:
         return "valid" if not re.search(r"(?<![\w./'-])(nan|inf|infinity)\b", outcome.out, re.I) else "valid, with numbers that are not finite"
     if outcome.code == 1 and len(lines) == 1 and "the last good checkpoint is" in lines[0]:
@@ -337,7 +337,7 @@ def checkpoints(tally, folder):
         pathlib.Path(target).write_bytes(content)
         for script, work in readers(target, folder, settings).items():
             if script in scripts:
-                named = "data" if label.startswith("config.data") else "ckpt.pt" if script == "resume" else name
+                named = ("ckpt.pt" if script == "resume" else name) + "|/data/" * label.startswith("config.data")  # a folder that it names
                 tally(f"{script}: {label}", work, named, canary, want)
 
     hand("whole", data, want="valid")

@@ -127,9 +127,11 @@ def test_moments_of_another_shape_are_refused():
     opt.step()
     state = opt.state_dict()
     load_optimizers([opt], state, "ckpt.pt")
-    for x in (torch.ones(3), state["state"][0]["exp_avg"] * math.nan):
+    first = state["state"][0]
+    for spoilt in ({**first, "exp_avg": torch.ones(3)}, {**first, "exp_avg": first["exp_avg"] * math.nan}, {**first, "exp_avg": "x"},
+                   {"step": first["step"]}):
         with pytest.raises(ValueError, match="ckpt.pt: its optimizer's state does not fit"):
-            load_optimizers([opt], {**state, "state": {**state["state"], 0: {**state["state"][0], "exp_avg": x}}}, "ckpt.pt")
+            load_optimizers([opt], {**state, "state": {**state["state"], 0: spoilt}}, "ckpt.pt")
 
 
 def test_a_damaged_snapshot_is_left_out_of_a_run_and_named(tmp_path, capsys):
