@@ -131,7 +131,8 @@ def judge(outcome, name, canary=None):
     if "Traceback" in outcome.err:
         return f"traceback: {lines[-1][:200]}"
     if outcome.code == 2:
-        return "refused" if len(lines) == 1 and any(word in lines[0] for word in name.split("|")) else f"exit 2 with {len(lines)} lines, or not naming {name}: {outcome.err[:300]}"
+        named = len(lines) == 1 and any(word in lines[0] for word in name.split("|"))
+        return "refused" if named else f"exit 2 with {len(lines)} lines, or not naming {name}: {outcome.err[:300]}"
     if outcome.code == 0:
         return "valid" if not re.search(r"(?<![\w./'-])(nan|inf|infinity)\b", outcome.out, re.I) else "valid, with numbers that are not finite"
     if outcome.code == 1 and len(lines) == 1 and "the last good checkpoint is" in lines[0]:
