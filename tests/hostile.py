@@ -375,7 +375,8 @@ def checkpoints(tally, folder):
         for name, content in (("cut.pt", data[:len(data) // 2]), ("evil.pt", pickle.dumps(evil))):
             target = os.path.join(folder, name)
             pathlib.Path(target).write_bytes(content)
-            more = [f"--init_from={target}", f"--out_dir={folder}/out"] if script.startswith("train") else [target]
+            more = [f"--init_from={target}", f"--out_dir={folder}/out", "--dataset=text", "--block_size=32", f"--data_dir={settings['data_dir']}"] \
+                if script.startswith("train") else [target]
             tally(f"the command line: {script} {name}", [script, *more, *args], name, canary, "refused")
 
 # --------------------------------------------------------------------------------------------------------------- safetensors
