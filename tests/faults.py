@@ -434,7 +434,8 @@ def torchrun_killed(program, work, faults):
                 wait(pid, 60)
             if not stopped or status is None:
                 break
-        wrong = f"ended with {status}: {log.read_text()[-1500:]}" if status != 0 else ", ".join(differences(want, program.files(folder)))
+        said = [line for line in log.read_text().splitlines() if re.search(r"^train_lm|Error|Sending|failed|signal", line)]
+        wrong = f"ended with {status}:\n" + "\n".join(said) if status != 0 else ", ".join(differences(want, program.files(folder)))
         tally.end(wrong)
     return tally.done()
 
