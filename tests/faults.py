@@ -415,9 +415,10 @@ def torchrun_killed(program, work, faults):
             pid, status, stopped = start(program.args(folder), log, real=True), None, False
             for hit in range(4):  # three restarts, then the end
                 status = wait(pid, rng.uniform(1, seconds) if tally.more() and hit < 3 else 120)
-                workers = family(pid)[1:] if status is None else []
-                if not workers:
+                if status is not None:
                     break
+                if not (workers := family(pid)[1:]):  # torchrun itself is just beginning
+                    continue
                 stopped = rng.random() < 0.4
                 if stopped and rng.random() < 0.5:
                     os.killpg(pid, signal.SIGINT)  # a terminal's Ctrl-C: torchrun hands it on to those that have it already
@@ -433,7 +434,8 @@ def torchrun_killed(program, work, faults):
                 wait(pid, 60)
             if not stopped or status is None:
                 break
-        wrong = f"ended with {status}: {log.read_text()[-1500:]}" if status != 0 else ", ".join(differences(want, program.files(folder)))
+        said = [line for line in log.read_text().splitlines() if re.search(r"^train_lm|Error|Sending|failed|signal", line)]
+        wrong = f"ended with {status}:\n" + "\n".join(said) if status != 0 else ", ".join(differences(want, program.files(folder)))
         tally.end(wrong)
     return tally.done()
 

@@ -57,7 +57,7 @@ def test_killed_and_on_a_full_disk_at_random_moments(tmp_path):
 
 @pytest.mark.slow
 def test_vit_sweep_signals_and_torchrun(tmp_path):
-    assert len(trials(tmp_path, "train_vit", "sweep", "signals", "torchrun", "--kills=3", f"--seed={time.time_ns() % 2**31}")) == 7
+    assert len(trials(tmp_path, "train_vit", "sweep", "saves", "signals", "torchrun", "--kills=2", f"--seed={time.time_ns() % 2**31}")) == 11
 
 # ------------------------------------------------------------------------------------------------------ one run in a folder
 
