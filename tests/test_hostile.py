@@ -15,6 +15,7 @@ from conftest import write_data
 from test_prepare import prepare  # noqa: F401  (its fixture)
 
 import analyze
+import sample
 import train_lm
 from batches import TokenSplit
 from checkpoints import Checkpoint, open_all
@@ -283,6 +284,8 @@ def test_an_evaluation_that_is_not_finite_is_refused(train, tmp_path, capsys):
         train(tmp_path / "c", init_from=str(tmp_path / "b.pt"), eval_only=True)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "b.pt: its loss is not finite" in err and not (tmp_path / "c" / "eval.json").exists()
+    outcome = hostile.attempt(hostile.main_of(sample, str(tmp_path / "b.pt"), device="cpu", tokenizer="byte"), str(tmp_path))
+    assert hostile.judge(outcome, "b.pt") == "refused" and "logits are not finite" in outcome.err, outcome
 
 
 def test_odd_encodings_of_config_files(tmp_path, capsys):
