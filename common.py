@@ -3,6 +3,7 @@ Plumbing that only a bug fix would ever change: processes, devices, files, signa
 """
 import contextlib
 import ctypes
+import errno
 import json
 import math
 import os
@@ -13,10 +14,13 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from configurator import one_line
 
 # ------------------------------------------------------------------------------------------------ processes and devices
 
@@ -84,16 +88,17 @@ def print0(*args, **kwargs):
 
 @contextlib.contextmanager
 def input_errors(script, every_process=False):
-    """What fails inside is the user's input: one line on stderr and exit status 2 instead of a traceback.
+    """What fails inside is the user's input: one line on stderr and exit status 2 instead of a traceback; 1 where it is a disk, full or broken.
 
     every_process: for what can fail on one process alone; else the first of each machine speaks for all.
     """
     try:
         yield
     except (ValueError, OSError) as error:
+        disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         if every_process or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{script}: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+            print(f"{script}: {one_line(error)}" + "; once that is mended the same command goes on" * disk, file=sys.stderr, flush=True)
+        raise SystemExit(1 if disk else 2) from None
 
 
 def all_sum(world, *numbers):
@@ -133,16 +138,33 @@ def peak_flops(device, dtype):
 
 # --------------------------------------------------------------------------------------------------------------- files
 
+@contextlib.contextmanager
+def writing(path, note=""):
+    """What a disk refuses inside becomes an OSError that names this file, also where torch's archive writer has hidden it; note: what to add."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if not cause:
+            raise
+        raise OSError(cause.errno, f"{cause.strerror}{note}", path) from None
+
+
 def write_atomic(path, write):
-    """Calls write(file) on a temporary file beside `path`, fsyncs and renames it: a kill leaves the old file or the new, whole."""
+    """Calls write(file) on a temporary file beside `path`, fsyncs and renames it: a kill leaves the old file or the new, whole.
+
+    Raises OSError that names `path` where the disk is full or refuses: the old file stays."""
     path = os.path.realpath(path)  # where a link points to, the link stays
     temporary = f"{path}.tmp{os.getpid()}"
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path, " (the file that was there is whole)" if os.path.exists(path) else ""):
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
         if os.name == "posix":  # and the rename itself
             folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
             try:
@@ -172,15 +194,20 @@ def to_json(obj, indent=None):
         return json.dumps(obj, indent=indent)
 
 
-def load(path, device="cpu", mmap=False):
+def load(path, device="cpu", mmap=False, verify=True):
     """A checkpoint from disk; code hidden in it is refused, never run. Raises ValueError naming the file and what is wrong.
 
-    mmap: leave the tensors on disk until they are used (where the format allows; those of torch before 1.6 do not).
+    mmap: leave the tensors on disk until they are used (where the format allows; those of torch before 1.6 do not). verify: hold the
+    records against their checksums, which torch writes but does not read. No tensor claims more memory than the file has bytes.
     """
     try:
         with open(path, "rb"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks about foreign pickles
-            return torch.load(path, map_location=device, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+            archive = zipfile.is_zipfile(path)
+            records = check_archive(path, verify) if archive else None
+            raw = torch.load(path, map_location=device, weights_only=True, mmap=mmap and archive)
+            check_tensors(raw, os.path.getsize(path), records)
+            return raw
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except Exception as error:  # torch raises a dozen kinds for truncated, foreign and malicious files
@@ -190,6 +217,43 @@ def load(path, device="cpu", mmap=False):
             reason = f"it would run {code[1]}" if code else ""
         reason = f" ({reason})" if reason else ""
         raise ValueError(f"{path}: damaged, or not a checkpoint of plain tensors{reason}") from None
+
+
+def check_archive(path, verify):
+    """The sizes of a zip's records. Raises ValueError where they are packed (torch's are not: a bomb); verify: or not what their CRC32 says."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if any(x.compress_type != zipfile.ZIP_STORED for x in records) or sum(x.file_size for x in records) > os.path.getsize(path):
+            raise ValueError("compressed or overlapping records, torch writes none")
+        for record in records if verify else ():
+            if record.CRC:  # 0: written without, torch.serialization.set_crc32_options(False)
+                with archive.open(record) as file:
+                    while file.read(1 << 20):  # raises BadZipFile at the end
+                        pass
+    return [x.file_size for x in records]
+
+
+def check_tensors(raw, size, records, depth=100, most=10**6):
+    """Raises ValueError where the containers that a file of `size` bytes holds are nested without end, or a tensor is larger than the file
+    (views of stride 0 are), or not plain: sparse, quantized, nested, on the meta device; or its memory no record's (sizes `records`, of a zip:
+    memory-mapped, torch would read into the next)."""
+    level, count, memory = [raw], 0, {}
+    while level:
+        for x in level:
+            if isinstance(x, torch.Tensor):
+                if x.layout != torch.strided or x.is_quantized or x.is_nested or x.is_meta:
+                    raise ValueError("a tensor that is sparse, quantized, nested or without data: dequantise or densify it first")
+                if x.numel() * x.element_size() > size:
+                    raise ValueError(f"a tensor of shape {tuple(x.shape)} in a file of {size} bytes")
+                memory[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        inside = [x for x in level if isinstance(x, (dict, list, tuple))]
+        depth, count = depth - 1, count + sum(map(len, inside))
+        if depth < 0 or count > most:
+            raise ValueError("containers nested without end")
+        level = [y for x in inside for y in (x.values() if isinstance(x, dict) else x)]
+    memory.pop(0, None)  # of tensors without elements
+    if records is not None and Counter(memory.values()) - Counter(records):
+        raise ValueError("records of other sizes than the tensors that they hold")
 
 # ------------------------------------------------------------------------------------------------------- signals, times
 

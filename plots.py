@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from checkpoints import run_of
+from common import writing
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe & Ito, colour-blind safe; 7 and 8 markers: 56 pairs
 MARKERS = "osD^vPX*"
@@ -88,8 +89,10 @@ def legend(fig, ax, columns):
 def write(fig, folder, name):
     """NAME.png and NAME.pdf in the folder; returns the PNG's path."""
     base = os.path.join(folder, name)
-    fig.savefig(f"{base}.png")
+    with writing(f"{base}.png"):
+        fig.savefig(f"{base}.png")
     fig.set_layout_engine("none")  # as laid out for the PNG: twice would take as long again
-    fig.savefig(f"{base}.pdf")
+    with writing(f"{base}.pdf"):
+        fig.savefig(f"{base}.pdf")
     plt.close(fig)
     return f"{base}.png"

@@ -52,7 +52,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from common import StopSignal, input_errors, save_json
+from common import StopSignal, input_errors, save_json, writing
 from configurator import configure
 from image_files import SPLITS, find_images, read
 from images import RECORD
@@ -283,7 +283,8 @@ class Part:
             entry = self.record["splits"][split]
             records["offset"] += entry["files"][0]["bytes"]
             for file, data in zip(entry["files"], (pixels, records.tobytes())):
-                self.open[file["name"]].write(data)
+                with writing(self.open[file["name"]].name):
+                    self.open[file["name"]].write(data)
                 file["crc32"] = f"{zlib.crc32(data, int(file['crc32'], 16)):08x}"
                 file["bytes"] += len(data)
             entry["images"] += len(records)
@@ -300,8 +301,9 @@ class Part:
     def save(self):
         """A safe point: the files, then the record, then their names if all is done."""
         for file in self.open.values():
-            file.flush()
-            os.fsync(file.fileno())
+            with writing(file.name):
+                file.flush()
+                os.fsync(file.fileno())
         save_json(self.path, self.record)
         if self.record["done"]:
             self.name_files()

@@ -1,6 +1,8 @@
 """
 The life of a run folder, the same for every trainer: found or refused, resumed, logged, stopped, ended. No settings, nothing at import.
 """
+import contextlib
+import errno
 import glob
 import math
 import os
@@ -14,7 +16,26 @@ import torch
 import torch.distributed as dist
 
 from checkpoints import RUN_FILE
-from common import all_sum, print0, to_json
+from common import all_sum, print0, to_json, writing
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs out of one folder
+    fcntl = None
+
+LEAST_SCALE = 1e-4  # of float16's gradients; it begins at 65536 and halves with each step that is skipped: 30 in a row; ours, as fairseq's
+
+
+def is_number(x, kind=float, most=math.inf):
+    return type(x) is kind and 0 <= x < most
+
+
+RESUMED = {  # what exact resume needs beside the weights, and what it must be
+    "config": lambda x: isinstance(x, dict) and all(type(value) in (bool, int, float, str) for value in x.values()),
+    "iter_num": lambda x: is_number(x, int, 2**31), "best_val_loss": lambda x: type(x) is float and x == x, "seconds": is_number,
+    "log_bytes": lambda x: is_number(x, int, 2**63), "wandb_id": lambda x: isinstance(x, str), "scaler": lambda x: isinstance(x, dict),
+    "decay": lambda x: isinstance(x, dict) and {"attn", "embed", "none"} <= x.keys() and all(map(is_number, x.values())),
+    "optimizer": lambda x: isinstance(x, (dict, list))}
 
 # ------------------------------------------------------------------------------------------------------- begin and resume
 
@@ -39,14 +60,40 @@ def check_settings(settings, world):
 def find_run(out_dir, init_from, overwrite, eval_only):
     """(path of the run's ckpt.pt, whether to resume from it). Raises ValueError where the folder or the flags do not allow what is asked."""
     os.makedirs(out_dir, exist_ok=True)
-    latest = os.path.join(out_dir, "ckpt.pt")
+    if not os.access(out_dir, os.W_OK):
+        raise ValueError(f"{out_dir} cannot be written to: --out_dir goes elsewhere")
+    latest, log = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
     there = os.path.exists(latest)
     resume = init_from == "resume" or (there and (init_from == "auto" or (init_from == "scratch" and eval_only)))
     if eval_only and not resume and init_from in ("scratch", "auto"):
         raise ValueError(f"--eval_only has nothing to evaluate: {latest} is not there, --init_from=PATH names another checkpoint")
-    if not (resume or eval_only or overwrite) and any(re.fullmatch(RUN_FILE + r"|log\.jsonl|result\.json", name) for name in os.listdir(out_dir)):
+    begun = os.path.exists(log) and os.path.getsize(log)  # an empty log is of a run killed before its first save: nothing to lose
+    if not (resume or eval_only or overwrite) and (begun or any(re.fullmatch(RUN_FILE + r"|result\.json", name) for name in os.listdir(out_dir))):
         raise ValueError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite starts over, --out_dir goes elsewhere")
     return latest, resume
+
+
+def lock_run(out_dir, world):
+    """Keeps other runs out of `out_dir` for as long as the file that the first process gets is open: the kernel closes it however that ends.
+
+    Raises ValueError on every process where another run has it, OSError where it cannot be written to. A file system without locks keeps
+    nobody out.
+    """
+    file, refused = None, None
+    if world.rank == 0:
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+            file = open(os.path.join(out_dir, ".lock"), "ab")
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: it works over NFS, and is not inherited by what this one starts
+        except OSError as error:
+            if not file:
+                refused = error
+            elif error.errno in (errno.EACCES, errno.EAGAIN):
+                refused = ValueError(f"another run is at work in {out_dir}: --out_dir goes elsewhere")
+    if all_sum(world, bool(refused))[0]:
+        raise refused or ValueError(f"{out_dir} is not to be had")
+    return file
 
 
 def check_resume(checkpoint, path, script, settings, same, free, fingerprint, max_iters):
@@ -56,6 +103,10 @@ def check_resume(checkpoint, path, script, settings, same, free, fingerprint, ma
     """
     if "data" not in checkpoint:
         raise ValueError(f"{path} is not {script}'s: --init_from={path} takes its weights into a new run")
+    bad = next((name for name, right in RESUMED.items() if name not in checkpoint or not right(checkpoint[name])), None)
+    if bad:
+        raise ValueError(f"{path} is damaged, its {bad} is {str(checkpoint.get(bad, 'missing'))[:50]}: --init_from={path} takes its weights into a "
+                         "new run")
     old = checkpoint["config"]
     changed = [name for name in settings if name not in free and name in old and old[name] != settings[name]]  # a newer setting is no change
     words = {name: f"{name} was {old[name]}, is {settings[name]}" for name in changed}
@@ -103,16 +154,16 @@ def parse_steps(text, max_iters):
 
 # -------------------------------------------------------------------------------------------------------------------- log
 
-def start_log(out_dir, resume, past, settings, wandb_project, wandb_name):
+def start_log(out_dir, lock, resume, past, settings, wandb_project, wandb_name):
     """The RunLog of a run, on its first process; the code that runs goes to out_dir/source, leavings of a killed or given up run go.
 
-    past: "log_bytes" and "wandb_id" of the checkpoint that is resumed, else 0 and empty.
+    lock: what lock_run gave, open until the log is closed; past: "log_bytes" and "wandb_id" of the checkpoint that is resumed, else 0 and empty.
     """
     here, source = os.path.dirname(os.path.abspath(__file__)), os.path.join(out_dir, "source")
     os.makedirs(source, exist_ok=True)
     for path in glob.glob(os.path.join(glob.escape(here), "*.py")):
         shutil.copy(path, source)
-    log = RunLog(out_dir, past["log_bytes"], settings, wandb_project, wandb_name, past["wandb_id"], source)
+    log = RunLog(out_dir, past["log_bytes"], settings, wandb_project, wandb_name, past["wandb_id"], source, lock)
     stale = r".*\.(pt|json)\.tmp\d+" + ("" if resume else r"|step_\d+\.pt|result\.json")
     for name in os.listdir(out_dir):
         if re.fullmatch(stale, name):
@@ -123,10 +174,10 @@ def start_log(out_dir, resume, past, settings, wandb_project, wandb_name):
 class RunLog:
     """`out_dir/log.jsonl`, one object a line, and wandb where asked for. Only the first process has one that writes."""
 
-    def __init__(self, out_dir, keep_bytes, settings, wandb_project="", wandb_name="", wandb_id="", source="."):
+    def __init__(self, out_dir, keep_bytes, settings, wandb_project="", wandb_name="", wandb_id="", source=".", lock=None):
         """keep_bytes: the log's size when the checkpoint that is resumed was written; what came after it is redone, so cut.
         wandb_project: empty for no wandb; wandb_id: of the run to continue; source: the folder of the code to log with it."""
-        self.path = os.path.join(out_dir, "log.jsonl")
+        self.path, self.lock = os.path.join(out_dir, "log.jsonl"), lock
         self.wandb, self.wandb_id = None, ""
         if wandb_project:
             try:
@@ -148,7 +199,7 @@ class RunLog:
         return os.path.getsize(self.path)
 
     def __call__(self, step, **values):
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(to_json({"step": step, **values}) + "\n")
         if self.wandb:
             self.wandb.log({"step": step, **values})
@@ -156,26 +207,58 @@ class RunLog:
     def close(self):
         if self.wandb:
             self.wandb.finish()
+        if self.lock:
+            self.lock.close()
 
 
-def read_steps(unread, world, scaled, script, latest):
+def read_steps(unread, world, scaler, script, latest):
     """(losses, gradient norms) of steps [(step, lr, loss, norm), ...] whose tensors are still on the device; losses are means over processes.
 
-    Ends the run where one is not finite, but for the norms of a step that fp16's gradient scaler (`scaled`) skips.
+    Ends the run where one is not finite, but for the norms of a step that fp16's gradient scaler skips: there it ends once the scale has
+    fallen below LEAST_SCALE.
     """
     values = torch.stack([torch.stack(pair) for _, _, *pair in unread]).cpu().double()  # note: this waits for the GPU
     here, norms = values.T.tolist()
     losses = all_sum(world, *here)
     for (step, *_), mine, everywhere, norm in zip(unread, here, losses, norms):
-        if not math.isfinite(everywhere) or not (math.isfinite(norm) or scaled):
+        if not math.isfinite(everywhere) or not (math.isfinite(norm) or scaler.is_enabled()):
             if not math.isfinite(mine) or (math.isfinite(everywhere) and world.rank == 0):
                 print(f"{script}: loss {mine}, gradient norm {norm} at step {step} on process {world.rank}; "
                       f"the last good checkpoint is {latest}", file=sys.stderr, flush=True)
             end(world)
             raise SystemExit(1)
+    if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+        print0(f"{script}: gradients overflow float16 at any scale, the last was {scaler.get_scale():g} behind step {unread[-1][0]}, and steps are "
+               f"skipped: lower --learning_rate or take bfloat16; the last good checkpoint is {latest}", file=sys.stderr)
+        end(world)
+        raise SystemExit(1)
     return [loss / world.size for loss in losses], norms
 
+
+def check_nan(model, world, script, step, latest):
+    """Ends the run where a parameter is not finite, the same on all processes, before it is saved over the last good checkpoint."""
+    bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)  # note: this waits for the GPU
+    if bad:
+        print0(f"{script}: {bad} holds NaN or inf at step {step}; the last good checkpoint is {latest}", file=sys.stderr)
+        end(world)
+        raise SystemExit(1)
+
 # -------------------------------------------------------------------------------------------------------------------- end
+
+@contextlib.contextmanager
+def run_errors(script):
+    """A disk that refuses what a run writes, and a process that lost another: one line on stderr, exit status 1."""
+    script = os.path.basename(script)
+    try:
+        yield
+    except OSError as error:
+        print(f"{script}: {error}; once that is mended --init_from=resume goes on from the last save", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except RuntimeError as error:
+        if "RANK" not in os.environ or not re.search("[Cc]onnection (closed|reset)|Broken pipe", str(error)):  # gloo's
+            raise
+        print(f"{script}: process {os.environ['RANK']} lost another one; --init_from=resume goes on from the last save", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
 
 def stopped(world, number, where, log=None):
     """Ends a run that a signal stops, after it was saved."""

@@ -187,8 +187,14 @@ def run(cells, path, stop):
     while waiting or running:
         while waiting and free_slots and not stop.signal:
             cell, slot = waiting.pop(0), free_slots.pop(0)
-            os.makedirs(cell.folder, exist_ok=True)
-            with open(os.path.join(cell.folder, LOG), "ab") as log:
+            try:
+                os.makedirs(cell.folder, exist_ok=True)
+                log = open(os.path.join(cell.folder, LOG), "ab")
+            except OSError as error:  # a full disk; those that run have their own to say
+                failed[cell.name] = str(error)
+                free_slots.append(slot)
+                continue
+            with log:
                 try:
                     fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the trainer inherits it, so it lasts as long as it does
                 except BlockingIOError:

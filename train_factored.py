@@ -271,14 +271,14 @@ def matrices(names):
     todo, strengths = parse_runs(), parse_numbers("lams")
     target = torch.linalg.svdvals(make_problems(names)[-1])  # (seed, size)
     work = [plan(name)[0] * (4 if name == "flow" else 1) * depth for name, depth, _ in todo]
-    began = spoke = time.time()
+    began = spoke = time.monotonic()
     curves, spectra, rates = [], [], []
     for i, (name, depth, noise) in enumerate(todo):
         def said(step, i=i, name=name, depth=depth):
             nonlocal spoke
             done = sum(work[:i]) + work[i] * step / plan(name)[0]
-            if time.time() - spoke > 5:
-                spoke = time.time()
+            if time.monotonic() - spoke > 5:
+                spoke = time.monotonic()
                 print(f"  {name}, depth {depth}: step {step}, {time_left((spoke - began) * (sum(work) / done - 1))} left", flush=True)
         t, steps, log = train(names, name, depth, noise, said)
         rate = measured_rate(t, log["discrepancy"])
@@ -325,7 +325,7 @@ def scalars():
     L2 on a and b is L1 on w. AdamW with exact gradients feels no decay; under noise of sd sigma the argument of expected() makes it
     gradient descent with L2 on a free w, and with (2/3) |w|^(3/2) on a factorised one, strength sigma lam (our derivation).
     """
-    strengths, rows, began, done = parse_numbers("scalar_lams"), [], time.time(), 0
+    strengths, rows, began, done = parse_numbers("scalar_lams"), [], time.monotonic(), 0
     lam, start = torch.tensor(strengths)[:, None], torch.tensor([0.2, 1.2])
     for form, factors in (("free", start[None]), ("factorised", torch.stack([1.5 * start.sqrt(), start.sqrt() / 1.5]))):
         for name, noise in (("adam_l2", 0.0), ("adamw", 0.0), ("adamw", scalar_noise)):
@@ -353,7 +353,7 @@ def scalars():
                 print(f"{form:11}{name:8}noise {noise:<4g}lam {row['lam']:<4g}: ends at ({row['w1']:7.4f}, {row['w2']:7.4f}), "
                       f"expected ({row['w1_expected']:7.4f}, {row['w2_expected']:7.4f})")
             done += 1
-            print(f"  {time_left((time.time() - began) * (6 / done - 1))} left", flush=True)
+            print(f"  {time_left((time.monotonic() - began) * (6 / done - 1))} left", flush=True)
     write_csv("scalars.csv", rows)
 
 

@@ -5,6 +5,7 @@ Both read the same chunks in the same order every time and append what comes of 
 No settings, nothing at import.
 """
 import contextlib
+import errno
 import fcntl
 import gc
 import json
@@ -78,8 +79,9 @@ def only_process(path, what="this data set"):
     with open(path, "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is at work on {what} ({path} is locked)") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
+                raise ValueError(f"another process is at work on {what} ({path} is locked)") from None
         yield
 
 # ------------------------------------------------------------------------------------------------------ files and checks
