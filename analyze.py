@@ -40,7 +40,7 @@ pattern = ""                # ends of the names of q,k,v,o (or qkv,o) after the 
 layout = "separate"         # how heads lie in what --pattern names: separate, fused, grouped, conv, lens (families.LAYOUTS)
 state_dict = ""             # which of several state dicts in a file, by its key
 device = "auto"             # where the spectra are computed: auto, cpu, cuda
-norms = True                # norms.csv: reads all tensors; False reads those of attention alone
+norms = True                # norms.csv: reads all tensors; False those of attention alone (torch's .pt, .bin once whole, for their checksums)
 figure = True               # draw the figures (needs matplotlib)
 layers = ""                 # layers in the figure of heads: all, or some as 5,7,9
 compare = False             # two runs or checkpoints: their differences layer by layer, and compare.csv
@@ -336,7 +336,7 @@ def truncatable(checkpoint):
     """What a checkpoint's file holds. Raises ValueError where it is not a GPT of ours or nanoGPT's."""
     raw = load(checkpoint.path) if os.path.isfile(checkpoint.path) and not checkpoint.path.endswith(".safetensors") else {}
     biases = [name.endswith(("attn.c_attn.bias", "attn.c_proj.bias")) for name in checkpoint.tensors]
-    if not isinstance(raw.get("model_args"), dict) or checkpoint.modules()[0].scheme.layout != "conv" \
+    if not isinstance(raw.get("model_args"), dict) or not isinstance(raw.get("config", {}), dict) or checkpoint.modules()[0].scheme.layout != "conv" \
             or sum(biases) not in (0, 2 * len(checkpoint.modules())):
         raise ValueError(f"{checkpoint.path}: --truncate takes a GPT checkpoint of train_lm.py's or nanoGPT's (with model_args)")
     return raw

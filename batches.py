@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 IGNORE = -1  # target of a padded position
+CHECKED = 1 << 28  # bytes of a split whose checksums are verified when it is opened (0.1 s); prepare_pile.py verifies any, run again
 
 
 class TokenSplit:
@@ -36,8 +37,12 @@ class TokenSplit:
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[self.meta["dtype"]])
         self.n_tokens, self.n_windows = 0, 0
         self.files, self.firsts, self.tails = [], [], []  # token arrays as windows (n, block_size + 1), their first window's number
-        for file in self.meta["splits"].get(split, {}).get("files", []):
+        files = self.meta["splits"].get(split, {}).get("files", [])
+        small = sum(file["tokens"] for file in files) * dtype.itemsize <= CHECKED
+        for file in files:
             tokens = open_tokens(os.path.join(folder, file["name"]), file["tokens"], dtype)
+            if small:
+                check_crc32(folder, file, "copy it again, or run prepare_pile.py for this data set again")
             self.n_tokens += len(tokens)
             n = max(0, (len(tokens) - 1) // block_size)
             if n:
@@ -62,10 +67,14 @@ class TokenSplit:
             owner = np.searchsorted(self.firsts, index, side="right") - 1
             for f in np.unique(owner):
                 out[owner == f] = self.files[f][index[owner == f] - self.firsts[f]]
-        if out.max(initial=0) >= self.meta["vocab_size"]:
-            raise ValueError(f"{self.folder}: token id {out.max()} is not in the vocabulary of {self.meta['vocab_size']} "
+        return self.known(out)
+
+    def known(self, ids):
+        """The same ids. Raises ValueError for one that is not in the vocabulary."""
+        if ids.max(initial=0) >= self.meta["vocab_size"]:
+            raise ValueError(f"{self.folder}: token id {ids.max()} is not in the vocabulary of {self.meta['vocab_size']} "
                              "that its meta.json states: the data is damaged, prepare it again")
-        return out
+        return ids
 
     def sample(self, seed, start, count):
         """Sequences number start ... start + count - 1 of the training stream of `seed`: inputs and targets (count, block_size)."""
@@ -85,7 +94,7 @@ class TokenSplit:
             window = self.windows(index[full])
             x[full], y[full] = window[:, :-1], window[:, 1:]
         for i in np.flatnonzero(index >= self.n_windows):
-            tail = self.tails[index[i] - self.n_windows].astype(np.int64)
+            tail = self.known(self.tails[index[i] - self.n_windows].astype(np.int64))
             x[i, :len(tail) - 1], y[i, :len(tail) - 1] = tail[:-1], tail[1:]
         return x, y
 
@@ -107,15 +116,35 @@ def read_meta(folder):
     try:
         with open(path, encoding="utf-8") as file:
             meta = json.load(file)
-        for split in meta["splits"].values():
+        for name, split in meta["splits"].items():
             for file in split["files"]:
-                if os.path.basename(file["name"]) != file["name"] or type(file["tokens"]) is not int or file["tokens"] < 0:
+                if os.path.basename(file["name"]) != file["name"] or type(file["tokens"]) is not int or not 0 <= file["tokens"] < 2**48:
                     raise ValueError(f"bad file entry {str(file)[:80]}")
-        if meta["dtype"] not in ("uint16", "uint32") or type(meta["vocab_size"]) is not int or meta["vocab_size"] < 1:
-            raise ValueError("dtype is uint16 or uint32, vocab_size a positive int")
+            if split.get("tokens") not in (None, sum(file["tokens"] for file in split["files"])):
+                raise ValueError(f"the tokens of its {name} files do not sum to {str(split['tokens'])[:40]}")
+        if meta["dtype"] not in ("uint16", "uint32") or type(meta["vocab_size"]) is not int or not 1 <= meta["vocab_size"] <= 2**22:
+            raise ValueError("dtype is uint16 or uint32, vocab_size a positive int, 2**22 at most")
+        if not isinstance(meta["tokenizer"], str):
+            raise ValueError("tokenizer is a name")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is not what prepare_pile.py writes ({type(error).__name__}: {error}); {make}") from None
+    check_apart(folder, meta)
     return meta
+
+
+def check_apart(folder, meta):
+    """Raises ValueError where val or test share a file with train: listed in both, the same by a link, or of the same size and checksum."""
+    train = {}
+    for name, split in sorted(meta["splits"].items(), key=lambda item: item[0] != "train"):
+        for file in split["files"]:
+            path, size = os.path.join(folder, file["name"]), file.get("tokens", file.get("bytes"))
+            stat = os.stat(path) if os.path.exists(path) else None
+            for mark in (path, stat and (stat.st_dev, stat.st_ino), size and file.get("crc32") and f"{size} {file['crc32']}"):
+                if mark and name == "train":
+                    train[mark] = file["name"]
+                elif mark and mark in train:
+                    raise ValueError(f"{path} of the {name} split is {train[mark]} of train: a loss on it would tell nothing; "
+                                     "prepare the data again, with splits of their own")
 
 
 def open_tokens(path, n_tokens, dtype):
@@ -125,6 +154,13 @@ def open_tokens(path, n_tokens, dtype):
         state = "is missing" if size < 0 else f"holds {size} bytes where meta.json says {n_tokens * dtype.itemsize}"
         raise ValueError(f"{path} {state}: copy it again, or run prepare_pile.py for this data set again")
     return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(n_tokens,))) if n_tokens else np.empty(0, dtype)
+
+
+def check_crc32(folder, file, fix):
+    """Raises ValueError where a file's bytes are not those that its entry in meta.json was made of; fix: what to do about it."""
+    path, value = os.path.join(folder, file["name"]), file.get("crc32")
+    if value is not None and crc32(path) != value:
+        raise ValueError(f"{path} is damaged, its checksum is not the one in meta.json: {fix}")
 
 
 def crc32(path, chunk=1 << 24):

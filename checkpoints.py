@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common import load
+from configurator import one_line
 from families import find_attention, heads_of, split_heads
 
 RUN_FILE = r"ckpt\.pt|step_(\d+)\.pt"  # what train_lm.py leaves in a run folder
@@ -74,7 +75,7 @@ class Checkpoint:
             self.step = inside if self.step < 0 else self.step  # the name's, by which a run is put in order
         self.shapes = {name: x.shape for name, x in self.tensors.items()}
 
-    def open_file(self, file):
+    def open_file(self, file, verify=True):
         """(get(key) -> tensor, {name: Stored}, what else is in it) of one file; get is None for .safetensors, read from their bytes."""
         if file.endswith(".safetensors"):
             try:
@@ -88,7 +89,7 @@ class Checkpoint:
             return None, cleaned(file, {key: Stored(file, key, tuple(x.get_shape()), x.get_dtype(), key, 8 + size + places[key]["data_offsets"][0])
                                         for key, x in slices.items()}), {}
         with torch.serialization.safe_globals(HARMLESS):
-            raw = load(file, mmap=True)
+            raw = load(file, mmap=True, verify=verify)
         key, state = find_state_dict(file, raw, self.state_dict)
         stored = cleaned(file, {name: Stored(file, name, tuple(x.shape), str(x.dtype)[6:],
                                              (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape))
@@ -107,7 +108,7 @@ class Checkpoint:
                 raise ValueError(f"{self.path}: {name} is stored as {x.dtype}: dequantise it first")
             else:
                 if x.file not in opened:
-                    opened[x.file] = self.open_file(x.file)[0]
+                    opened[x.file] = self.open_file(x.file, verify=False)[0]
                 tensors[name] = opened[x.file](x.key)
         return tensors
 
@@ -293,10 +294,19 @@ def expand(paths):
 
 
 def open_all(paths, **options):
-    """Yields a Checkpoint for each of expand(paths), options as Checkpoint has them; a run's ckpt.pt that is its last snapshot is left out."""
-    previous = None
-    for file in expand(paths):
-        checkpoint = Checkpoint(file, **options)
+    """Yields a Checkpoint for each of expand(paths), options as Checkpoint has them; a run's ckpt.pt that is its last snapshot is left out.
+
+    One of several in a folder that is damaged is named on stderr and left out. Raises ValueError for one given by name, and where none is left.
+    """
+    previous, given, files = None, set(map(os.path.normpath, paths)), expand(paths)
+    for file in files:
+        try:
+            checkpoint = Checkpoint(file, **options)
+        except ValueError as error:
+            if file in given or previous is None and file == files[-1]:
+                raise
+            print(f"note: left out: {one_line(error)}", file=sys.stderr, flush=True)
+            continue
         again = previous and os.path.basename(file) == "ckpt.pt" and run_of(previous.path) == run_of(file) and previous.step == checkpoint.step
         if not again:
             yield checkpoint

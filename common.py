@@ -14,10 +14,13 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from configurator import one_line
 
 # ------------------------------------------------------------------------------------------------ processes and devices
 
@@ -102,7 +105,7 @@ def input_errors(script, every_process=False):
     except (ValueError, OSError) as error:
         disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         if every_process or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{script}: {error}" + "; once that is mended the same command goes on" * disk, file=sys.stderr, flush=True)
+            print(f"{script}: {one_line(error)}" + "; once that is mended the same command goes on" * disk, file=sys.stderr, flush=True)
         raise SystemExit(1 if disk else 2) from None
 
 
@@ -199,15 +202,20 @@ def to_json(obj, indent=None):
         return json.dumps(obj, indent=indent)
 
 
-def load(path, device="cpu", mmap=False):
+def load(path, device="cpu", mmap=False, verify=True):
     """A checkpoint from disk; code hidden in it is refused, never run. Raises ValueError naming the file and what is wrong.
 
-    mmap: leave the tensors on disk until they are used (where the format allows; those of torch before 1.6 do not).
+    mmap: leave the tensors on disk until they are used (where the format allows; those of torch before 1.6 do not). verify: hold the
+    records against their checksums, which torch writes but does not read. No tensor claims more memory than the file has bytes.
     """
     try:
         with open(path, "rb"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks about foreign pickles
-            return torch.load(path, map_location=device, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+            archive = zipfile.is_zipfile(path)
+            records = check_archive(path, verify) if archive else None
+            raw = torch.load(path, map_location=device, weights_only=True, mmap=mmap and archive)
+            check_tensors(raw, os.path.getsize(path), records)
+            return raw
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except Exception as error:  # torch raises a dozen kinds for truncated, foreign and malicious files
@@ -217,6 +225,43 @@ def load(path, device="cpu", mmap=False):
             reason = f"it would run {code[1]}" if code else ""
         reason = f" ({reason})" if reason else ""
         raise ValueError(f"{path}: damaged, or not a checkpoint of plain tensors{reason}") from None
+
+
+def check_archive(path, verify):
+    """The sizes of a zip's records. Raises ValueError where they are packed (torch's are not: a bomb); verify: or not what their CRC32 says."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if any(x.compress_type != zipfile.ZIP_STORED for x in records) or sum(x.file_size for x in records) > os.path.getsize(path):
+            raise ValueError("compressed or overlapping records, torch writes none")
+        for record in records if verify else ():
+            if record.CRC:  # 0: written without, torch.serialization.set_crc32_options(False)
+                with archive.open(record) as file:
+                    while file.read(1 << 20):  # raises BadZipFile at the end
+                        pass
+    return [x.file_size for x in records]
+
+
+def check_tensors(raw, size, records, depth=100, most=10**6):
+    """Raises ValueError where the containers that a file of `size` bytes holds are nested without end, or a tensor is larger than the file
+    (views of stride 0 are), or not plain: sparse, quantized, nested, on the meta device; or its memory no record's (sizes `records`, of a zip:
+    memory-mapped, torch would read into the next)."""
+    level, count, memory = [raw], 0, {}
+    while level:
+        for x in level:
+            if isinstance(x, torch.Tensor):
+                if x.layout != torch.strided or x.is_quantized or x.is_nested or x.is_meta:
+                    raise ValueError("a tensor that is sparse, quantized, nested or without data: dequantise or densify it first")
+                if x.numel() * x.element_size() > size:
+                    raise ValueError(f"a tensor of shape {tuple(x.shape)} in a file of {size} bytes")
+                memory[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        inside = [x for x in level if isinstance(x, (dict, list, tuple))]
+        depth, count = depth - 1, count + sum(map(len, inside))
+        if depth < 0 or count > most:
+            raise ValueError("containers nested without end")
+        level = [y for x in inside for y in (x.values() if isinstance(x, dict) else x)]
+    memory.pop(0, None)  # of tensors without elements
+    if records is not None and Counter(memory.values()) - Counter(records):
+        raise ValueError("records of other sizes than the tensors that they hold")
 
 # ------------------------------------------------------------------------------------------------------- signals, times
 

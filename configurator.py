@@ -18,6 +18,7 @@ import ast
 import difflib
 import io
 import os
+import re
 import sys
 import tokenize
 
@@ -59,9 +60,15 @@ def configure(settings, positional="", argv=None):
         if others and not positional:
             raise ValueError(f"unexpected argument {others[0]!r}: settings are --name=value, config files end in .py")
     except ValueError as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{script}: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     return others
+
+
+def one_line(error, most=1000):
+    """An error's message as one line of at most `most` characters: names from strangers' files hold line breaks and terminal codes."""
+    text = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(error)).strip()
+    return text if len(text) <= most else f"{text[:most - 4]} ..."
 
 
 def current(settings):
@@ -111,7 +118,7 @@ def read_config(path):
         with tokenize.open(path) as file:
             source = file.read()
         body = ast.parse(source).body
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except (OSError, SyntaxError, ValueError, LookupError, RecursionError, MemoryError) as error:  # LookupError: rot13 is no encoding of text
         reason = error.strerror if isinstance(error, OSError) else f"line {getattr(error, 'lineno', '?')}: {error.args[0]}"
         raise ValueError(f"config file {path}: {reason}") from None
     for i, node in enumerate(body):

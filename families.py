@@ -160,7 +160,8 @@ def find_attention(shapes, pattern="", layout="separate", config=None):
     if not found:
         looked_for = sorted({scheme.names.split()[0].removesuffix(".weight") for scheme in schemes})
         alike = [f"layers.0.attention.{tail}" for tail in (("q_proj.weight", "query.weight", "qkv.weight") if not pattern else looked_for)]
-        near = sorted(shapes, key=lambda name: -max(difflib.SequenceMatcher(None, name, other).ratio() for other in alike))[:10]
+        some = [name[:100] for name in list(shapes)[:2000]]  # a message is not worth minutes
+        near = sorted(some, key=lambda name: -max(difflib.SequenceMatcher(None, name, other).ratio() for other in alike))[:10]
         raise ValueError(f"no attention found: looked for names that end in {', '.join(looked_for)}; nearest of the {len(shapes)} names there: "
                          f"{', '.join(near) or 'none'}" + (" (--pattern=q,k,v,o takes other names)" if not pattern else ""))
     return found

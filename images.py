@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from batches import CHECKED, check_apart, check_crc32
+
 RECORD = np.dtype([("offset", "<u8"), ("height", "<u2"), ("width", "<u2"), ("label", "<i4")])  # of an image; offset into the .bin in bytes
 THREADS = 8  # that copy, and wait for the disk, side by side
 
@@ -39,6 +41,9 @@ class ImageSplit:
         if min(self.heights.min(), self.widths.min()) < 1 or self.offsets.min() < 0 or ends.max() > len(self.pixels) \
                 or self.labels.min() < 0 or self.labels.max() >= len(self.meta["classes"]):
             raise ValueError(f"{folder}/{split}.idx does not fit {split}.bin and the classes in meta.json: the data is damaged, prepare it again")
+        for file in entry["files"]:
+            if file["bytes"] <= CHECKED:
+                check_crc32(folder, file, "copy it again, or run prepare_imagenet.py for this data set again")
         self.pool = None
 
     def read(self, index, boxes):
@@ -99,19 +104,20 @@ def read_meta(folder):
     try:
         with open(path, encoding="utf-8") as file:
             meta = json.load(file)
-        for entry in meta["splits"].values():
+        for name, entry in meta["splits"].items():
             for n in (entry["images"], *(file["bytes"] for file in entry["files"])):
-                if type(n) is not int or n < 0:
+                if type(n) is not int or not 0 <= n < 2**48:
                     raise ValueError(f"bad count {str(n)[:80]}")
-            if not all(isinstance(file["name"], str) for file in entry["files"]):
-                raise ValueError("a file's name is no text")
-        if meta["kind"] != "images" or type(meta["short_side"]) is not int or not meta["classes"] \
+            if not {file["name"] for file in entry["files"]} <= {f"{name}.bin", f"{name}.idx"}:
+                raise ValueError(f"the files of {name[:80]} are its .bin and its .idx")
+        if meta["kind"] != "images" or type(meta["short_side"]) is not int or not meta["classes"] or not isinstance(meta["classes"], list) \
                 or not all(isinstance(c, str) for c in meta["classes"]):
             raise ValueError('kind is "images", classes a list of names, short_side a number')
         if not all(isinstance(x, float) and 0 <= x <= 1 for x in (*meta["mean"], *meta["std"])) or len(meta["mean"]) != 3 or len(meta["std"]) != 3:
             raise ValueError("mean and std are three numbers from 0 to 1 each")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is not what prepare_imagenet.py writes ({type(error).__name__}: {error}); {make}") from None
+    check_apart(folder, meta)
     return meta
 
 

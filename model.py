@@ -301,15 +301,37 @@ def load_as(kind, checkpoint, refusal, **changes):
     args = checkpoint.get("model_args") if isinstance(checkpoint, dict) else None
     if isinstance(args, dict) and ("vocab_size" in args) != (kind is GPT) and {"vocab_size", "n_classes"} & set(args):
         raise ValueError(f"{refusal} (it is a {'GPT' if 'vocab_size' in args else 'ViT'})")
+    if isinstance(checkpoint, dict) and not isinstance(checkpoint.get("config", {}), dict):
+        raise ValueError(f"{refusal} (its config is no dict of settings)")
     try:
-        model = kind(**{**checkpoint["model_args"], **changes})
         state = {name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod."): p
-                 for name, p in checkpoint["model"].items()}
-        model.load_state_dict({name: p for name, p in state.items() if not name.endswith(".attn.bias")})  # old nanoGPT's mask
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+                 for name, p in checkpoint["model"].items() if not name.endswith(".attn.bias")}  # old nanoGPT's mask
+        args = {**checkpoint["model_args"], **changes}
+        check_size(args, state)
+        model = kind(**args)
+        model.load_state_dict(state)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{refusal} ({type(error).__name__}: {reason})") from None
+    bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+    if bad:
+        raise ValueError(f"{bad} holds NaN or inf")
     return model
+
+
+def check_size(args, state):
+    """Raises ValueError where a checkpoint's model_args are no counts, or describe a model of more parameters than its state dict holds:
+    otherwise a few bytes could ask for any amount of memory."""
+    counts = {name: args[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_classes", "image_size", "patch_size")
+              if name in args}
+    held, get = sum(p.numel() for p in state.values()), counts.get
+    if all(type(x) is int for x in counts.values()):
+        rows = get("vocab_size", 0) + get("block_size", 0) + get("n_classes", 0) + 3 * get("patch_size", 0)**2
+        least = get("n_layer") * get("n_embd")**2 + rows * get("n_embd")
+        if get("n_layer") <= len(state) and least <= max(held, 2**24) and get("image_size", 0) <= 2**14:
+            return
+    raise ValueError(f"model_args describe more than the {len(state)} tensors of {held:,} numbers that it holds, or are no counts: "
+                     + ", ".join(f"{name}={str(x)[:20]}" for name, x in counts.items()))
 
 # ------------------------------------------------------------------------------------------- weight decay and optimizers
 
@@ -367,9 +389,21 @@ def make_optimizers(groups, name, lr, beta1, beta2, eps, momentum, device_type):
     raise ValueError(f"--optimizer={name}: expects adamw, adam, sgd or muon")
 
 
-def load_optimizers(optimizers, saved):
-    """Takes up the saved state dicts (a list, or the one of a single optimizer) under this command line's hyperparameters; lr is the step's."""
-    for opt, state in zip(optimizers, saved if len(optimizers) > 1 else [saved]):
-        for old, new in zip(state["param_groups"], opt.param_groups):
-            old.update({name: value for name, value in new.items() if name not in ("params", "lr")})
-        opt.load_state_dict(state)
+def load_optimizers(optimizers, saved, path):
+    """Takes up the saved state dicts (a list, or the one of a single optimizer) under this command line's hyperparameters;
+    lr is the step's. Raises ValueError naming `path` where they are not of these optimizers and parameters, or not finite."""
+    try:
+        for opt, state in zip(optimizers, saved if len(optimizers) > 1 else [saved], strict=True):
+            for old, new in zip(state["param_groups"], opt.param_groups):
+                old.update({name: value for name, value in new.items() if name not in ("params", "lr")})
+            opt.load_state_dict(state)
+            if len({frozenset(moments) for moments in opt.state.values()}) > 1 or len(opt.state) not in (
+                    0, sum(len(group["params"]) for group in opt.param_groups)):  # 0: saved before its first step
+                raise ValueError("not all parameters have the same moments")
+            for p, moments in opt.state.items():
+                for name, x in moments.items():
+                    shape = tuple(x.shape) if isinstance(x, torch.Tensor) else () if x is None or type(x) in (int, float) else str(x)[:50]
+                    if shape not in ((), tuple(p.shape)) or isinstance(x, torch.Tensor) and not x.isfinite().all():
+                        raise ValueError(f"{name} of a parameter {tuple(p.shape)} is {shape}, or not finite")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: its optimizer's state does not fit the model ({type(error).__name__}: {str(error)[:200]})") from None

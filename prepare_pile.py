@@ -17,8 +17,9 @@ Ids: tiktoken's encode_ordinary and end-of-text, document by document. Lone surr
 a document that overflows tiktoken's regex (several 100,000 spaces in a row) is encoded in pieces of 50,000 characters.
 
 Killed at any instant and run again, it goes on from its last safe point and ends in the same bytes as an undisturbed run.
-meta.json, without which no trainer reads the folder, comes last. Several machines run the same command, each with its own
---shard_index, in one folder or in several that are copied together; then any of them once more writes meta.json.
+meta.json, without which no trainer reads the folder, comes last; from then on the same command verifies all checksums.
+Several machines run the same command, each with its own --shard_index, in one folder or in several that are copied together;
+then any of them once more writes meta.json.
 Beyond some 30 cores run several such parts side by side on one machine: one process reads for all its workers.
 
 Memory does not grow with the input: 2 chunks of 1 MiB in flight per worker, and some 20 times the longest document, which
@@ -26,6 +27,7 @@ Memory does not grow with the input: 2 chunks of 1 MiB in flight per worker, and
 for documents of 60 MB.
 """
 import contextlib
+import filecmp
 import glob
 import importlib
 import json
@@ -38,7 +40,7 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from batches import read_meta
+from batches import check_crc32, read_meta
 from common import StopSignal, input_errors, save_json, writing
 from configurator import configure
 from text_files import CHUNK, OVERLONG, find_files, need, read_chunks
@@ -83,7 +85,9 @@ def main():
         if os.path.exists(os.path.join(folder, "meta.json")):
             meta = read_meta(folder)
             refuse_other(folder, meta.get("settings", {}), made_with)
-            check_files(folder, meta, f"copy it again, or delete {folder} and run this again")
+            check_files(folder, meta, fix := f"copy it again, or delete {folder} and run this again")
+            for file in tqdm([file for split in meta["splits"].values() for file in split["files"]], "verifying checksums", disable=None):
+                check_crc32(folder, file, fix)
             return print(f"{folder} is finished, nothing to do: {totals(meta)}")
         vocab_size, eot = vocabulary(made_with["tokenizer"])
         about = {"vocab_size": vocab_size, "eot": eot, "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32"}
@@ -121,15 +125,32 @@ def find_all_files():
     """Every input file, those of val and test first, in the same order on all machines."""
     given = [file._replace(split=split) for split, places in (("val", val_source), ("test", test_source)) if places
              for file in find_files(places)]
-    splits, paths = {file.split for file in given}, {os.path.abspath(file.path) for file in given}
-    found = [file for file in find_files(source) if file.split not in splits and os.path.abspath(file.path) not in paths]
-    files = given + sorted(found, key=lambda file: not file.split)
+    splits, paths = {file.split for file in given}, {os.path.realpath(file.path) for file in given}
+    found = [file for file in find_files(source) if file.split not in splits and os.path.realpath(file.path) not in paths]
+    files = apart(given + sorted(found, key=lambda file: not file.split))
     if not files or files[-1].split:
         raise ValueError(f"--source={source}: no files are left for the train split")
     print(f"{len(files)} files, {sum(file.size for file in files) / 1e6:,.1f} MB; " + ", ".join(
         f"{split}: " + (f"{n} of the files" if (n := sum(file.split == split for file in files)) else f"{share:.1%} of documents by hash")
         for split, share in shares(files).items() if split != "train"), flush=True)
     return files
+
+
+def apart(files):
+    """The files without those of train that hold the same bytes as one of val or test, under another name or by a link; says so."""
+    held_out = {file.size: [] for file in files if file.split and file.size}
+    for file in files:
+        if file.split and file.size and os.path.exists(file.path):
+            held_out[file.size].append(file)
+    kept = []
+    for file in files:
+        same = () if file.split or not os.path.exists(file.path) else held_out.get(file.size, ())
+        twin = next((other for other in same if filecmp.cmp(file.path, other.path, shallow=False)), None)
+        if twin:
+            print(f"note: {file.path} holds the same bytes as {twin.path} of {twin.split}: left out of train")
+        else:
+            kept.append(file)
+    return kept
 
 
 def shares(files):

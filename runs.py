@@ -25,6 +25,18 @@ except ImportError:  # Windows: nothing keeps two runs out of one folder
 
 LEAST_SCALE = 1e-4  # of float16's gradients; it begins at 65536 and halves with each step that is skipped: 30 in a row; ours, as fairseq's
 
+
+def is_number(x, kind=float, most=math.inf):
+    return type(x) is kind and 0 <= x < most
+
+
+RESUMED = {  # what exact resume needs beside the weights, and what it must be
+    "config": lambda x: isinstance(x, dict) and all(type(value) in (bool, int, float, str) for value in x.values()),
+    "iter_num": lambda x: is_number(x, int, 2**31), "best_val_loss": lambda x: type(x) is float and x == x, "seconds": is_number,
+    "log_bytes": lambda x: is_number(x, int, 2**63), "wandb_id": lambda x: isinstance(x, str), "scaler": lambda x: isinstance(x, dict),
+    "decay": lambda x: isinstance(x, dict) and {"attn", "embed", "none"} <= x.keys() and all(map(is_number, x.values())),
+    "optimizer": lambda x: isinstance(x, (dict, list))}
+
 # ------------------------------------------------------------------------------------------------------- begin and resume
 
 def check_settings(settings, world):
@@ -91,6 +103,10 @@ def check_resume(checkpoint, path, script, settings, same, free, fingerprint, ma
     """
     if "data" not in checkpoint:
         raise ValueError(f"{path} is not {script}'s: --init_from={path} takes its weights into a new run")
+    bad = next((name for name, right in RESUMED.items() if name not in checkpoint or not right(checkpoint[name])), None)
+    if bad:
+        raise ValueError(f"{path} is damaged, its {bad} is {str(checkpoint.get(bad, 'missing'))[:50]}: --init_from={path} takes its weights into a "
+                         "new run")
     old = checkpoint["config"]
     changed = [name for name in settings if name not in free and name in old and old[name] != settings[name]]  # a newer setting is no change
     words = {name: f"{name} was {old[name]}, is {settings[name]}" for name in changed}
@@ -217,6 +233,15 @@ def read_steps(unread, world, scaler, script, latest):
         end(world)
         raise SystemExit(1)
     return [loss / world.size for loss in losses], norms
+
+
+def check_nan(model, world, script, step, latest):
+    """Ends the run where a parameter is not finite, the same on all processes, before it is saved over the last good checkpoint."""
+    bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)  # note: this waits for the GPU
+    if bad:
+        print0(f"{script}: {bad} holds NaN or inf at step {step}; the last good checkpoint is {latest}", file=sys.stderr)
+        end(world)
+        raise SystemExit(1)
 
 # -------------------------------------------------------------------------------------------------------------------- end
 

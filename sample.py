@@ -38,12 +38,17 @@ def codec(name):
 def main(path):
     with input_errors("sample.py"):
         world = init_dist(device)
-        checkpoint = load(os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path)
-        model = load_gpt(checkpoint).to(world.device).eval()
+        file = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+        checkpoint = load(file)
+        try:
+            model = load_gpt(checkpoint).to(world.device).eval()
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
         name = tokenizer
         if name == "auto":
-            config = checkpoint.get("config") or {}
-            folder = os.path.join(config.get("data_dir", "data"), config.get("dataset", ""))
+            config = checkpoint.get("config")
+            config = config if isinstance(config, dict) else {}
+            folder = os.path.join(str(config.get("data_dir", "data")), str(config.get("dataset", "")))
             if not os.path.exists(os.path.join(folder, "meta.json")):
                 raise ValueError(f"{path} does not tell its tokenizer ({folder} is not there): give --tokenizer=gpt2 or byte")
             name = read_meta(folder)["tokenizer"]
@@ -53,6 +58,9 @@ def main(path):
         idx = torch.tensor([encode(prompt)] * num_samples, device=world.device)
         if int(idx.max()) >= model.args["vocab_size"]:
             raise ValueError(f"tokenizer {name} does not fit the model's vocabulary of {model.args['vocab_size']}")
+        with torch.no_grad():
+            if not model(idx[:, -model.args["block_size"]:])[0].isfinite().all():
+                raise ValueError(f"{file}: its logits are not finite: weights that are damaged, or overflow")
     generator = torch.Generator(world.device).manual_seed(seed)
     for ids in model.generate(idx, max_new_tokens, temperature, top_k, n_tokens, generator):
         print(decode(ids.tolist()), end="\n---------------\n")

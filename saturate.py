@@ -173,9 +173,6 @@ def open_net(path, device, dtype):
         model = (load_vit if "patch_size" in args else load_gpt)(checkpoint)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    if bad:
-        raise ValueError(f"{path}: {bad[0]} holds NaN or inf")
     config = checkpoint.get("config")
     return our_net(model, config if isinstance(config, dict) else {}, device, dtype)
 
@@ -184,7 +181,8 @@ def open_net(path, device, dtype):
 def open_batches(path, net, device, dtype):
     """(number of batches, read(i) -> batch i on the device, what the data is): a pure function of data, seed and settings.
     Raises ValueError where the data does not fit the model."""
-    name = dataset or net.config.get("dataset", "")
+    name = dataset or net.config.get("dataset")
+    name = name if isinstance(name, str) else ""
     T = min(block_size or net.T, net.T)
     if not name:
         if "transformers" not in net.about:
@@ -194,7 +192,8 @@ def open_batches(path, net, device, dtype):
     folder = os.path.join(data_dir, name)
     if not net.tokens:
         images = ImageSplit(folder, split)
-        side, short = net.model.args["image_size"], net.config.get("eval_resize") or net.model.args["image_size"]
+        side, short = net.model.args["image_size"], net.config.get("eval_resize")
+        short = short if type(short) is int and side <= short < 2**14 else side
         index = shuffled(images.n_images, seed, 0, min(samples, images.n_images))
 
         def read(some):

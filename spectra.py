@@ -110,11 +110,15 @@ def svd(A, B):
 
 def summary(layers, threshold=0.95):
     """Means over all heads of both products' metrics, {"attn_rank95_qk": ..., "attn_gap_ov": ...}, and the threshold rank by layer,
-    {"layer0_rank95_qk": ...}. layers: an iterable of objects with layer, W_Q, W_K, W_V (H, r, d) and P (H, d, r)."""
+    {"layer0_rank95_qk": ...}. layers: an iterable of objects with layer, W_Q, W_K, W_V (H, r, d) and P (H, d, r).
+    Raises ValueError for NaN or inf, naming layer, product and head."""
     heads, by_layer, rank = {}, {}, rank_name(threshold)
     for x in layers:
         for product, factors in (("qk", qk_factors(x.W_Q, x.W_K)), ("ov", ov_factors(x.W_V, x.P))):
-            table = metrics(*factors, threshold)
+            try:
+                table = metrics(*factors, threshold)
+            except ValueError as error:
+                raise ValueError(f"layer {x.layer}, {product}: {str(error).replace('product [', 'head [')}") from None
             for name, values in table.items():
                 heads.setdefault(f"attn_{name}_{product}", []).extend(values)
             by_layer[f"layer{x.layer}_{rank}_{product}"] = sum(table[rank]) / len(table[rank])

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt")
 CHUNK = 1 << 20    # bytes of input in a chunk
-OVERLONG = b"\0"   # stands in for a line that is too long: no JSON begins so
+OVERLONG = b"\0 too long"  # stands in for a line that is: no JSON begins so
 
 
 class InputError(ValueError):

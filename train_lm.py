@@ -25,7 +25,7 @@ from common import StopSignal, all_sum, init_dist, input_errors, load, peak_flop
 from configurator import configure, current
 from families import attention_layers
 from model import GPT, decay_groups, init_weights, load_gpt, load_optimizers, make_optimizers
-from runs import check_resume, check_settings, end, find_run, lock_run, make_data, parse_steps, read_steps, run_errors, start_log, stopped
+from runs import check_nan, check_resume, check_settings, end, find_run, lock_run, make_data, parse_steps, read_steps, run_errors, start_log, stopped
 from spectra import summary
 from tasks import TASKS, TaskSplit
 
@@ -122,6 +122,7 @@ def get_lr(step):
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
 @torch.no_grad()
+@input_errors(os.path.basename(__file__), every_process=True)  # of damaged data
 def evaluate(model, split, world, autocast, stop, rows=None):
     """{"loss": mean loss in nats per target} over `rows` evenly spaced rows of a split (all by default), over all processes;
     for tasks {"acc": fraction of targets that are the likeliest token} too.
@@ -203,6 +204,9 @@ def main():
 
     if eval_only:
         result = whole_splits(fast, data, world, autocast, stop)
+        with input_errors(script):
+            if not math.isfinite(result["val_loss"] + result["test_loss"]):
+                raise ValueError(f"{path}: its loss is not finite: weights that are damaged, or overflow {amp}")
         if first:
             save_json(os.path.join(out_dir, "eval.json"), {**settings, **shape, **result})
         return end(world)
@@ -218,7 +222,7 @@ def main():
             past = {name: checkpoint[name] for name in past}
             if scaler.is_enabled() and checkpoint["scaler"]:
                 scaler.load_state_dict(checkpoint["scaler"])
-            load_optimizers(optimizers, checkpoint["optimizer"])
+            load_optimizers(optimizers, checkpoint["optimizer"], latest)
         start, best_val_loss, seconds, decay = past["iter_num"], past["best_val_loss"], past["seconds"], dict(past["decay"])
         checkpoint = None  # free its memory
         log = start_log(out_dir, lock, resume, past, settings, wandb_project if wandb_log else "", wandb_run_name or out_dir) if first else None
@@ -272,8 +276,10 @@ def main():
     for step in range(start, max_iters + 1):
         last, number = step == max_iters, stop.anywhere(world)
         due, rank_due = step % eval_interval == 0 or last, rank_interval and (step % rank_interval == 0 or last)
-        if unread and (due or number or rank_due or step in snapshots):
-            report()  # a loss that is not finite ends the run here, before anything is saved
+        if due or number or rank_due or step in snapshots:
+            if unread:
+                report()  # a loss that is not finite ends the run here, before anything is saved
+            check_nan(model, world, script, step, latest)  # so does a weight
         if due or number:
             log_bytes = log.size() if first else 0
             save_checkpoint(step, log_bytes)  # before anything that can fail; a resumed run does all that follows again

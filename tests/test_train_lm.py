@@ -230,7 +230,7 @@ def test_the_command_line_itself(tmp_path):
 def test_a_run_is_not_overwritten_or_resumed_as_another(train, tmp_path, data_dir, capsys):
     train(tmp_path / "a", max_iters=2)
     before = (tmp_path / "a" / "ckpt.pt").read_bytes()
-    other = write_data(tmp_path / "data" / "text", {s: [list(range(200)) * 20] for s in ("train", "val", "test")}).parent
+    other = write_data(tmp_path / "data" / "text", {s: [list(range(i, 200)) * 20] for i, s in enumerate(("train", "val", "test"))}).parent
     for settings, words in (({}, "--overwrite"), ({"init_from": str(tmp_path / "a" / "ckpt.pt")}, "--overwrite"), (
                             {"init_from": "auto", "attn_wd": 9.0}, "attn_wd was 1.0, is 9.0"),
                             ({"init_from": "resume", "n_layer": 3}, "n_layer was 2, is 3"),

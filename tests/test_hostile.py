@@ -1,0 +1,343 @@
+"""The trials of hostile.py in small: each hole that they found, by the smallest file that shows it; the fuzzers on a fixed budget."""
+import contextlib
+import json
+import math
+import os
+import pathlib
+import pickle
+import zipfile
+
+import hostile
+import numpy as np
+import pytest
+import torch
+from conftest import write_data
+from test_prepare import prepare  # noqa: F401  (its fixture)
+
+import analyze
+import sample
+import train_lm
+from batches import TokenSplit
+from checkpoints import Checkpoint, open_all
+from common import load
+from configurator import configure, one_line
+from families import AttentionLayer
+from images import ImageSplit
+from model import GPT, init_weights, load_gpt, load_optimizers, make_optimizers
+from spectra import summary
+
+ARGS = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32, "dropout": 0.0, "bias": False}
+Q = "transformer.h.0.attn.c_attn.weight"
+
+
+def content(**changes):
+    model = GPT(**ARGS)
+    init_weights(model, 0)
+    return {"model": dict(model.state_dict()), "model_args": ARGS, "iter_num": 3, **changes}
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """refused(content or bytes, words): loading it, mapped or not, is a ValueError of one line that names the file, and no canary appears."""
+    def check(what, *words):
+        path = tmp_path / "x.pt"
+        path.write_bytes(what) if isinstance(what, bytes) else torch.save(what, path)
+        for mmap in (False, True):
+            with pytest.raises(ValueError) as error:
+                load(str(path), mmap=mmap)
+            message = str(error.value)
+            assert "x.pt" in message and "\n" not in message and all(word in message for word in words), message
+        assert not (tmp_path / "canary").exists()
+    return check
+
+# ------------------------------------------------------------------------------------------------------------- checkpoints
+
+def test_a_flipped_bit_of_a_weight_is_seen(tmp_path, refused):
+    """torch writes checksums and does not read them."""
+    torch.save(content(), tmp_path / "a.pt")
+    data = bytearray((tmp_path / "a.pt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        data[archive.getinfo("a/data/0").header_offset + 3000] ^= 4
+    (tmp_path / "b.pt").write_bytes(data)
+    assert torch.load(tmp_path / "b.pt", weights_only=True)["iter_num"] == 3
+    refused(bytes(data), "CRC-32")
+
+
+def test_files_without_checksums_load(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(content(), tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load(str(tmp_path / "a.pt"), mmap=True)["iter_num"] == 3
+
+
+def test_zips_that_lie(tmp_path, refused):
+    """A bomb is not unpacked; a record of another size is not read on into the next, as torch does with mmap."""
+    torch.save(content(), tmp_path / "a.pt")
+    lies = hostile.zips(tmp_path / "a.pt", str(tmp_path), bomb=10**7)
+    refused(lies["a bomb of zeros, deflated"], "compressed")
+    refused(lies["data cut short"])
+    refused(lies["a record of 2 GiB, it says"], "compressed or overlapping")
+
+
+@pytest.mark.parametrize("label, x, words", [
+    ("expanded", torch.zeros(1).as_strided((10**6, 10**6), (0, 0)), "(1000000, 1000000)"), ("sparse", torch.eye(4).to_sparse(), "sparse"),
+    ("meta", torch.ones(3, device="meta"), "without data")])
+def test_tensors_that_are_not_plain(refused, label, x, words):
+    refused(content(extra={"a": [x]}), words)
+    refused({"model": {Q: x}}, words)
+
+
+def test_containers_without_end(refused):
+    cycle, laughs = {}, [1]
+    cycle["a"] = cycle
+    for _ in range(40):
+        laughs = {"a": laughs, "b": laughs}
+    refused(content(extra=cycle), "nested without end")
+    refused(content(extra=laughs), "nested without end")
+
+
+def test_code_is_refused_wherever_it_hides(tmp_path, refused):
+    canary = hostile.Run(os.system, f"touch {tmp_path}/canary")
+    for what in (content(x=canary), content(model={Q: canary}), content(optimizer={"state": {0: {"step": canary}}}), [canary],
+                 pickle.dumps(content(x=canary)["x"]), pickle.dumps({"model": canary}, 0)):
+        refused(what)
+
+
+def test_model_args_that_lie_are_refused_before_anything_is_made(monkeypatch):
+    raw = content()
+    monkeypatch.setattr(torch.nn.Embedding, "__init__", lambda *args: pytest.fail("a model was made"))
+    for name, x in (("n_layer", 10**9), ("n_embd", 10**6), ("vocab_size", 10**9), ("block_size", 10**9)):
+        with pytest.raises(ValueError, match="model_args describe more than"):
+            load_gpt({**raw, "model_args": {**ARGS, name: x}})
+
+
+def test_weights_that_are_not_finite_are_refused_by_name():
+    raw = content()
+    raw["model"]["transformer.wpe.weight"] = raw["model"]["transformer.wpe.weight"] * math.nan
+    with pytest.raises(ValueError, match="transformer.wpe.weight holds NaN or inf"):
+        load_gpt(raw)
+
+
+def test_moments_of_another_shape_are_refused():
+    model = GPT(**ARGS)
+    group = [{"name": "all", "params": list(model.parameters()), "weight_decay": 0.0}]
+    (opt,) = make_optimizers(group, "adamw", 1e-3, 0.9, 0.95, 1e-8, 0.9, "cpu")
+    model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
+    opt.step()
+    state = opt.state_dict()
+    load_optimizers([opt], state, "ckpt.pt")
+    first = state["state"][0]
+    for spoilt in ({**first, "exp_avg": torch.ones(3)}, {**first, "exp_avg": first["exp_avg"] * math.nan}, {**first, "exp_avg": "x"},
+                   {"step": first["step"]}):
+        with pytest.raises(ValueError, match="ckpt.pt: its optimizer's state does not fit"):
+            load_optimizers([opt], {**state, "state": {**state["state"], 0: spoilt}}, "ckpt.pt")
+
+
+def test_a_damaged_snapshot_is_left_out_of_a_run_and_named(tmp_path, capsys):
+    for step in (1, 2, 3):
+        torch.save(content(iter_num=step), tmp_path / f"step_000000{step}.pt")
+    data = (tmp_path / "step_0000002.pt").read_bytes()
+    (tmp_path / "step_0000002.pt").write_bytes(data[:len(data) // 2])
+    assert [x.step for x in open_all([str(tmp_path)])] == [1, 3]
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1 and note.startswith("note: left out") and "step_0000002.pt" in note
+    with pytest.raises(ValueError, match="step_0000002.pt"):
+        list(open_all([str(tmp_path / "step_0000002.pt")]))
+    for step in (1, 3):
+        (tmp_path / f"step_000000{step}.pt").write_bytes(b"x")
+    with pytest.raises(ValueError, match="step_0000003.pt"):
+        list(open_all([str(tmp_path)]))
+
+
+def test_names_in_messages_stay_on_one_line():
+    assert one_line("a\n\x1b[31mb\x85c") == "a [31mb c" and len(one_line("x" * 10**6)) == 1000
+
+
+def test_a_head_with_nan_is_named():
+    W = torch.randn(4, 3, 8)
+    W[2, 1, 1] = math.nan
+    with pytest.raises(ValueError, match=r"layer 5, qk: .* head \[2\]"):
+        summary([AttentionLayer("", 5, torch.randn(4, 3, 8), W, torch.randn(4, 3, 8), torch.randn(4, 8, 3))])
+
+
+def test_weights_that_overflow_end_the_run_before_they_are_saved(train, tmp_path, capsys, monkeypatch):
+    """A step may make them so with a finite loss and gradient."""
+    step = torch.optim.AdamW.step
+
+    def spoilt(self, *args):
+        step(self, *args)
+        spoilt.n += 1
+        if spoilt.n == 12:
+            self.param_groups[0]["params"][0].data[0, 0] = math.inf
+    spoilt.n = 0
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoilt)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "a", eval_interval=4, max_iters=20)
+    assert stop.value.code == 1 and "c_attn.weight holds NaN or inf at step 12; the last good checkpoint" in capsys.readouterr().err
+    assert load(str(tmp_path / "a" / "ckpt.pt"))["iter_num"] == 8
+
+
+def test_a_resumed_state_that_lacks_or_lies(train, tmp_path, capsys):
+    train(tmp_path / "a", max_iters=2)
+    raw = load(str(tmp_path / "a" / "ckpt.pt"))
+    for name, x in (("decay", {"deep": 1.0}), ("seconds", math.nan), ("log_bytes", -5), ("optimizer", "x"), ("config", {"seed": torch.ones(3)}),
+                    ("iter_num", 10**30), ("wandb_id", None)):
+        torch.save({**raw, name: x}, tmp_path / "a" / "ckpt.pt")
+        with pytest.raises(SystemExit) as stop:
+            train(tmp_path / "a", max_iters=3, init_from="resume")
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1 and f"ckpt.pt is damaged, its {name} is" in err, err
+
+# ------------------------------------------------------------------------------------------------------------ data and configs
+
+def test_ids_beyond_the_vocabulary_in_tails_and_evaluation(train, tmp_path, capsys):
+    """Tails of files were not looked at, and evaluation ended in a traceback."""
+    rng = np.random.default_rng(0)
+    val = rng.integers(0, 256, 40)
+    val[-1] = 300
+    write_data(tmp_path / "data" / "text", {"train": [rng.integers(0, 256, 999)], "val": [val], "test": [rng.integers(0, 256, 50)]})
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "a", data_dir=str(tmp_path / "data"), max_iters=2)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "token id 300 is not in the vocabulary" in err
+
+
+def test_an_id_met_late_keeps_the_checkpoint(tmp_path):
+    _, work, _ = hostile.late_id(tmp_path)
+    outcome = hostile.attempt(work, str(tmp_path))
+    assert hostile.judge(outcome, "late_data") == "refused", outcome
+    assert load(str(tmp_path / "late" / "ckpt.pt"))["iter_num"] == 10
+
+
+def test_a_flipped_bit_of_data_is_seen(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = write_data(tmp_path / "d", {"train": [rng.integers(0, 256, 100)]})
+    (folder / "train_00000.bin").write_bytes(hostile.flipped((folder / "train_00000.bin").read_bytes(), rng))
+    with pytest.raises(ValueError, match="train_00000.bin is damaged, its checksum"):
+        TokenSplit(str(folder), "train", 8)
+    meta = hostile.write_images(tmp_path / "p", rng)
+    assert ImageSplit(str(tmp_path / "p"), "train").n_images == meta["splits"]["train"]["images"]
+    (tmp_path / "p" / "train.bin").write_bytes(hostile.flipped((tmp_path / "p" / "train.bin").read_bytes(), rng))
+    with pytest.raises(ValueError, match="train.bin is damaged, its checksum"):
+        ImageSplit(str(tmp_path / "p"), "train")
+
+
+@pytest.mark.parametrize("how", ["same bytes", "hard link", "one list"])
+def test_splits_that_overlap_are_refused(tmp_path, how):
+    files = [np.arange(100), np.arange(50)]
+    folder = write_data(tmp_path / "d", {"train": files, "val": [files[1] if how == "same bytes" else files[1] + 1]})
+    meta = json.loads((folder / "meta.json").read_text())
+    if how == "hard link":
+        (folder / "val_00000.bin").unlink()
+        os.link(folder / "train_00001.bin", folder / "val_00000.bin")
+        del meta["splits"]["val"]["files"][0]["crc32"]
+    elif how == "one list":
+        meta["splits"]["val"] = meta["splits"]["train"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=r"of the val split is train_0000\d.bin of train"):
+        TokenSplit(str(folder), "val", 8)
+
+
+def test_a_source_of_val_under_another_name_is_left_out_of_train(prepare, tmp_path):  # noqa: F811
+    (tmp_path / "in").mkdir()
+    for name, words in (("a", "one two"), ("b", "three four"), ("c", "three four")):
+        (tmp_path / "in" / f"{name}.txt").write_text(words)
+    (tmp_path / "v.txt").write_text("three four")
+    (tmp_path / "in" / "d.txt").symlink_to(tmp_path / "v.txt")
+    status, output = prepare(source=tmp_path / "in", val_source=tmp_path / "v.txt", tokenizer="byte", test_fraction=0.0)
+    assert status == 0 and output.count("left out of train") == 2 and "train 8 tokens of 1 documents, val 11 tokens of 1 documents" in output, output
+
+
+def test_a_finished_folder_is_verified(prepare, tmp_path):  # noqa: F811
+    (tmp_path / "a.txt").write_text("some words " * 100)
+    settings = {"source": tmp_path / "a.txt", "tokenizer": "byte", "val_fraction": 0.0, "test_fraction": 0.0}
+    assert prepare(**settings)[0] == 0 and "nothing to do" in prepare(**settings)[1]
+    path = tmp_path / "data" / "x" / "train_00000.bin"
+    path.write_bytes(hostile.flipped(path.read_bytes(), np.random.default_rng(0)))
+    status, output = prepare(**settings)
+    assert status == 2 and "train_00000.bin is damaged" in output
+
+
+def test_a_line_of_one_nul_is_broken_not_too_long(prepare, tmp_path):  # noqa: F811
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n\0\n{"text": "b"}\n')
+    status, output = prepare(source=tmp_path / "a.jsonl", tokenizer="byte", val_fraction=0.0, test_fraction=0.0)
+    assert status == 0 and "1 broken JSON" in output and "a.jsonl:2" in output, output
+
+
+def test_files_of_images_have_their_names(tmp_path):
+    meta = hostile.write_images(tmp_path / "p", np.random.default_rng(0))
+    for name in ("a\0b", "val.bin", "../p/train.bin", 3, None):
+        (tmp_path / "p" / "meta.json").write_text(json.dumps(hostile.put(meta, ("splits", "train", "files", 0, "name"), name)))
+        with pytest.raises(ValueError, match="meta.json is not what"):
+            ImageSplit(str(tmp_path / "p"), "train")
+
+
+def test_an_evaluation_that_is_not_finite_is_refused(train, tmp_path, capsys):
+    """Weights that are finite and overflow: a file without checksums, a bit of an exponent flipped."""
+    train(tmp_path / "a", max_iters=0)
+    raw = load(str(tmp_path / "a" / "ckpt.pt"))
+    raw["model"]["transformer.h.1.mlp.c_fc.weight"][:] = 3e38
+    torch.save(raw, tmp_path / "b.pt")
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "c", init_from=str(tmp_path / "b.pt"), eval_only=True)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "b.pt: its loss is not finite" in err and not (tmp_path / "c" / "eval.json").exists()
+    outcome = hostile.attempt(hostile.main_of(sample, str(tmp_path / "b.pt"), device="cpu", tokenizer="byte"), str(tmp_path))
+    assert hostile.judge(outcome, "b.pt") == "refused" and "logits are not finite" in outcome.err, outcome
+
+
+def test_odd_encodings_of_config_files(tmp_path, capsys):
+    (tmp_path / "c.py").write_text("# -*- coding: rot13 -*-\nfrrq = 1")
+    with pytest.raises(SystemExit) as stop:
+        configure({**vars(train_lm)}, argv=[str(tmp_path / "c.py")])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        configure({**vars(train_lm)}, argv=["--a\x85b"])
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+# ------------------------------------------------------------------------------------------------------- trials and fuzzing
+
+@pytest.mark.parametrize("name", hostile.FUZZERS)
+def test_fuzz(name, tmp_path):
+    seen = hostile.FUZZERS[name](50, str(tmp_path))
+    assert seen["refused"] > 5 and seen["valid"] > 2, seen
+
+
+def test_a_case_that_misbehaves_is_found(tmp_path):
+    """The judge itself: a traceback, two lines, a lone NaN, a loop, memory, a canary."""
+    def says(text, code=2, stream=2):
+        def work():
+            os.write(stream, text.encode())
+            raise SystemExit(code)
+        return work
+
+    hungry = hostile.main_of(analyze, [])
+    for work, verdict in ((says("x.pt: no\n"), "refused"), (says("no\n"), "exit 2 with"), (says("x.pt\nx.pt\n"), "exit 2 with 2 lines"),
+                          (says("rank nan\n", 0, 1), "valid, with numbers"), (says("rank 3\n", 0, 1), "valid"), (lambda: 1 / 0, "traceback"),
+                          (lambda: bytearray(3 * 10**9), "traceback: MemoryError"), (says("x.pt", 1), "exit 1"), (hungry, "exit 2 with 1 lines")):
+        if "MemoryError" in verdict and not pathlib.Path("/proc/self/statm").exists():
+            continue
+        assert hostile.judge(hostile.attempt(work, str(tmp_path)), "x.pt").startswith(verdict)
+    (tmp_path / "canary").touch()
+    assert hostile.judge(hostile.Outcome(2, "", "x.pt", 0.0, 0.0), "x.pt", str(tmp_path / "canary")) == "code in it ran"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["safetensors", "data", "images"])
+def test_trials(kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(hostile, "cases", 10)
+    tally = hostile.Tally(kind, tmp_path)
+    getattr(hostile, kind)(tally, str(tmp_path))
+    assert not [verdict for verdict, *_ in tally.rows if verdict not in ("refused", "valid")] and len(tally.rows) > 25
+
+
+def test_a_checkpoint_of_noise_is_no_traceback(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        (tmp_path / f"{i}.pt").write_bytes(rng.bytes(200))
+        with contextlib.suppress(ValueError):
+            Checkpoint(str(tmp_path / f"{i}.pt"))
+            pytest.fail("noise was taken for a checkpoint")
+
