@@ -55,7 +55,15 @@ def init_dist(device="auto"):
             raise ValueError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} is more than the {torch.cuda.device_count()} GPUs here")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo: flags that must not touch the GPU
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo: flags that must not touch the GPU
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # torchrun keeps its store over restarts, and with it the addresses of processes that are dead: connecting to these would wait for ever.
+        # on several machines the counts can differ, so there nothing is done: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun
+        store, rank, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
