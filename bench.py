@@ -14,6 +14,7 @@ import glob
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -33,7 +34,7 @@ import train_lm
 import train_vit
 from batches import TokenSplit
 from common import init_dist, input_errors, peak_flops, pick_dtype, save, save_json, synchronize, write_atomic
-from configurator import configure
+from configurator import configure, current
 from families import attention_layers
 from images import RECORD, ImageSplit
 from model import GPT, ViT, decay_groups, head_loss, init_weights, make_optimizers, vit_size
@@ -131,19 +132,18 @@ def train_step(model, world, inputs, loss, fast=None):
     return step
 
 
-def nanogpt_step(model, world, inputs):
-    """nanoGPT's own training step (the loop of its train.py, its model, its optimizer) from our model's weights, on the same inputs."""
-    model_py = os.path.join(peer, "model.py")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", model_py)
+def nanogpt_step(world, args, state, inputs):
+    """nanoGPT's own training step (the loop of its train.py, its model, its optimizer) from the weights of our model, on the same inputs."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(peer, "model.py"))
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclass looks itself up there
     with contextlib.redirect_stdout(io.StringIO()):
         spec.loader.exec_module(module)
-        theirs = module.GPT(module.GPTConfig(**model.args))
-        theirs.load_state_dict(model.state_dict())
-        theirs.to(world.device)
-        optimizer = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.95), world.device.type)
+        model = module.GPT(module.GPTConfig(**args))
+        model.load_state_dict(state)
+        model.to(world.device)
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), world.device.type)
     scaler = torch.amp.GradScaler(world.device.type, enabled=False)
-    fast = compiled(theirs, world)
+    fast, inputs = compiled(model, world), [x.to(world.device) for x in inputs]
 
     def step():
         with autocast(world):
@@ -151,13 +151,36 @@ def nanogpt_step(model, world, inputs):
             loss = loss / 1  # gradient_accumulation_steps
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     return step
+
+
+def in_a_process(world, make, *args):
+    """make(world, *args), a function, and what it does, in a process of its own, so that nothing done to this one (freed memory that stays)
+    is done to it; (a function that has it run and returns its result as a float, a function that ends it)."""
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, world, current(globals()), make, args), daemon=True)
+    process.start()
+
+    def run():
+        here.send(True)
+        return here.recv()
+
+    return run, process.kill
+
+
+def serve(pipe, world, settings, make, args):
+    globals().update(settings)
+    function = make(world, *args)
+    while pipe.recv():
+        value = float(function())
+        synchronize(world.device)
+        pipe.send(value)
 
 
 def bench_step(world):
@@ -170,8 +193,10 @@ def bench_step(world):
         init_weights(model, 0)
         x = torch.randint(args["vocab_size"], (B, args["block_size"] + 1), device=world.device)
         inputs, losses = (x[:, :-1].contiguous(), x[:, 1:].contiguous()), {"step": [], "nanoGPT": []}
-        steps = {**({"nanoGPT": nanogpt_step(model, world, inputs)} if peer else {}),
-                 "step": train_step(model, world, inputs, lambda out: out[1])}
+        state = {name: x.clone() for name, x in model.state_dict().items()}
+        steps = {"step": train_step(model, world, inputs, lambda out: out[1])}
+        if peer:
+            steps["nanoGPT"], stop = in_a_process(world, nanogpt_step, args, state, [x.cpu() for x in inputs])
         times = interleaved({**{name: lambda step=step, values=losses[name]: values.append(step()) for name, step in steps.items()},
                              "gemm": lambda: a @ a,
                              "rank": lambda model=model: summary(attention_layers(model.state_dict(), model.args["n_head"]))}, world)
@@ -181,16 +206,17 @@ def bench_step(world):
         yield row("step", what, times["step"], f"its FLOPs at the rate of a {n} GEMM", floor, tokens_per_s=inputs[0].numel() / times["step"],
                   mfu=floor / times["step"], mfu_of_peak=flops / times["step"] / peak_flops(world.device, amp)[0], **peak_memory("step"))
         if peer:
+            stop()
             apart = max(abs(float(p - q)) for p, q in zip(losses["step"], losses["nanoGPT"], strict=True))
-            yield row("step", what, times["step"], "nanoGPT's step", times["nanoGPT"], times_its_tokens_per_s=times["nanoGPT"] / times["step"],
-                      losses_apart=apart, loss=float(losses["step"][-1]), **peak_memory("step", "nanoGPT"))
+            yield row("step", what, times["step"], "nanoGPT's step, a process of its own", times["nanoGPT"],
+                      times_its_tokens_per_s=times["nanoGPT"] / times["step"], losses_apart=apart, loss=float(losses["step"][-1]))
         amortised = times["rank"] / train_lm.rank_interval
         yield row("step", f"rank of every head, each {train_lm.rank_interval} steps", times["step"] + amortised, "the step without",
                   times["step"], rank_seconds=times["rank"], percent=100 * amortised / times["step"])
 
 
 def bench_variants(world):
-    """What could make the step faster, each alone against the step as it is: attention kernels, ways to compile, chunked head and loss."""
+    """What could make the step faster, each alone against the step as it is: attention kernels and ways to compile."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     args, B = shapes(world)[0]
     x = torch.randint(args["vocab_size"], (B, args["block_size"]), device=world.device)
@@ -245,7 +271,9 @@ def bench_vit(world):
     init_weights(model, 0)
     pictures, labels = torch.randn(B, 3, 224, 224, device=world.device), torch.zeros(B, dtype=torch.long, device=world.device)
     step = train_step(model, world, (pictures,), lambda logits: F.cross_entropy(logits.float(), labels))
-    peers = {"timm": timm_step(world, pictures, labels)} if importlib.util.find_spec("timm") else {}
+    peers, stop = {}, None
+    if importlib.util.find_spec("timm"):
+        peers["timm"], stop = in_a_process(world, timm_step, pictures.cpu(), labels.cpu())
     amp = pick_dtype(dtype, world.device)
     n = 2048 if world.device.type == "cpu" else 8192
     a = torch.randn(n, n, device=world.device, dtype=amp)
@@ -273,8 +301,9 @@ def bench_vit(world):
     yield row("vit", f"ViT-S/16 at 224, batch {B}, {str(amp)[6:]}", times["step"], f"its FLOPs at the rate of a {n} GEMM", floor,
               images_per_s=B / times["step"], mfu=floor / times["step"], **peak_memory("step"))
     if peers:
-        yield row("vit", f"ViT-S/16 at 224, batch {B}, {str(amp)[6:]}", times["step"], "timm's ViT-S/16 in its loop", times["timm"],
-                  times_its_images_per_s=times["timm"] / times["step"], **peak_memory("step", "timm"))
+        stop()
+        yield row("vit", f"ViT-S/16 at 224, batch {B}, {str(amp)[6:]}", times["step"], "timm's ViT-S/16 in its loop, a process of its own",
+                  times["timm"], times_its_images_per_s=times["timm"] / times["step"])
     yield row("vit", "reading crops of stored images, per batch", times["load"], "memcpy of the whole images", times["memcpy"],
               images_per_s=B / times["load"])
     feed = times["load"] + times["augment"]
@@ -288,6 +317,7 @@ def timm_step(world, pictures, labels):
     import timm.optim
     model = timm.create_model("vit_small_patch16_224", num_classes=1000).to(world.device)
     optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
+    pictures, labels = pictures.to(world.device), labels.to(world.device)
 
     def step():
         with autocast(world):
@@ -296,6 +326,7 @@ def timm_step(world, pictures, labels):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        return loss.detach()
 
     return step
 
@@ -321,12 +352,13 @@ def bench_start(world):
 
 
 def write_tokens(folder, tokens, tokenizer, vocab_size):
-    """A data folder whose train, val and test splits are all these tokens, uint16."""
+    """A data folder of these tokens, uint16: the last 2,000 are val, those before them test."""
     os.makedirs(folder, exist_ok=True)
-    tokens.tofile(os.path.join(folder, "train.bin"))
-    entry = {"tokens": len(tokens), "documents": 1, "files": [{"name": "train.bin", "tokens": len(tokens)}]}
-    save_json(os.path.join(folder, "meta.json"), {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": "uint16",
-                                                  "splits": {split: entry for split in ("train", "val", "test")}})
+    splits = {}
+    for split, part in {"train": tokens[:-4000], "test": tokens[-4000:-2000], "val": tokens[-2000:]}.items():
+        part.tofile(os.path.join(folder, f"{split}.bin"))
+        splits[split] = {"tokens": len(part), "documents": 1, "files": [{"name": f"{split}.bin", "tokens": len(part)}]}
+    save_json(os.path.join(folder, "meta.json"), {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": "uint16", "splits": splits})
 
 
 def bench_batches(world):
