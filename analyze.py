@@ -336,8 +336,8 @@ def truncatable(checkpoint):
     """What a checkpoint's file holds. Raises ValueError where it is not a GPT of ours or nanoGPT's."""
     raw = load(checkpoint.path) if os.path.isfile(checkpoint.path) and not checkpoint.path.endswith(".safetensors") else {}
     biases = [name.endswith(("attn.c_attn.bias", "attn.c_proj.bias")) for name in checkpoint.tensors]
-    if not isinstance(raw.get("model_args"), dict) or not isinstance(raw.get("config", {}), dict) or checkpoint.modules()[0].scheme.layout != "conv" \
-            or sum(biases) not in (0, 2 * len(checkpoint.modules())):
+    if not isinstance(raw.get("model_args"), dict) or not isinstance(raw.get("config") or {}, dict) \
+            or checkpoint.modules()[0].scheme.layout != "conv" or sum(biases) not in (0, 2 * len(checkpoint.modules())):
         raise ValueError(f"{checkpoint.path}: --truncate takes a GPT checkpoint of train_lm.py's or nanoGPT's (with model_args)")
     return raw
 

@@ -296,14 +296,16 @@ def expand(paths):
 def open_all(paths, **options):
     """Yields a Checkpoint for each of expand(paths), options as Checkpoint has them; a run's ckpt.pt that is its last snapshot is left out.
 
-    One of several in a folder that is damaged is named on stderr and left out. Raises ValueError for one given by name, and where none is left.
+    One of several of a run that is damaged is named on stderr and left out. Raises ValueError for one given by name, and where none of a run is left.
     """
-    previous, given, files = None, set(map(os.path.normpath, paths)), expand(paths)
+    previous, opened, given, files = None, set(), set(map(os.path.normpath, paths)), expand(paths)
+    last = {run_of(file): file for file in files}
     for file in files:
         try:
             checkpoint = Checkpoint(file, **options)
+            opened.add(run_of(file))
         except ValueError as error:
-            if file in given or previous is None and file == files[-1]:
+            if file in given or run_of(file) not in opened and file == last[run_of(file)]:
                 raise
             print(f"note: left out: {one_line(error)}", file=sys.stderr, flush=True)
             continue

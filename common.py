@@ -106,6 +106,8 @@ def input_errors(script, every_process=False):
         disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         if every_process or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{script}: {one_line(error)}" + "; once that is mended the same command goes on" * disk, file=sys.stderr, flush=True)
+        if not every_process and dist.is_initialized():
+            dist.destroy_process_group()  # its threads would abort a process that ends with them
         raise SystemExit(1 if disk else 2) from None
 
 
@@ -252,7 +254,7 @@ def check_tensors(raw, size, records, depth=100, most=10**6):
                 if x.layout != torch.strided or x.is_quantized or x.is_nested or x.is_meta:
                     raise ValueError("a tensor that is sparse, quantized, nested or without data: dequantise or densify it first")
                 if x.numel() * x.element_size() > size:
-                    raise ValueError(f"a tensor of shape {tuple(x.shape)} in a file of {size} bytes")
+                    raise ValueError(f"a tensor of shape {tuple(x.shape)} in a file of {size} bytes; save what was expanded with .contiguous()")
                 memory[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         inside = [x for x in level if isinstance(x, (dict, list, tuple))]
         depth, count = depth - 1, count + sum(map(len, inside))

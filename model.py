@@ -301,7 +301,7 @@ def load_as(kind, checkpoint, refusal, **changes):
     args = checkpoint.get("model_args") if isinstance(checkpoint, dict) else None
     if isinstance(args, dict) and ("vocab_size" in args) != (kind is GPT) and {"vocab_size", "n_classes"} & set(args):
         raise ValueError(f"{refusal} (it is a {'GPT' if 'vocab_size' in args else 'ViT'})")
-    if isinstance(checkpoint, dict) and not isinstance(checkpoint.get("config", {}), dict):
+    if isinstance(checkpoint, dict) and not isinstance(checkpoint.get("config") or {}, dict):
         raise ValueError(f"{refusal} (its config is no dict of settings)")
     try:
         state = {name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod."): p

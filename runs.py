@@ -87,7 +87,9 @@ def lock_run(out_dir, world):
             if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: it works over NFS, and is not inherited by what this one starts
         except OSError as error:
-            if not file:
+            if error.errno in (errno.EROFS, errno.EEXIST, errno.ENOTDIR) or not file and error.errno == errno.EACCES:
+                refused = ValueError(f"{out_dir} cannot be written to ({error.strerror}): --out_dir goes elsewhere")
+            elif not file:
                 refused = error
             elif error.errno in (errno.EACCES, errno.EAGAIN):
                 refused = ValueError(f"another run is at work in {out_dir}: --out_dir goes elsewhere")
@@ -259,6 +261,7 @@ def run_errors(script):
             raise
         print(f"{script}: process {os.environ['RANK']} lost another one; --init_from=resume goes on from the last save", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+
 
 def stopped(world, number, where, log=None):
     """Ends a run that a signal stops, after it was saved."""

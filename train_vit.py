@@ -245,7 +245,7 @@ def main():
             init_weights(model, seed)
         if resume and not eval_only:
             check_resume(checkpoint, latest, script, settings, SAME_ON_RESUME, FREE_ON_RESUME, data["train"].fingerprint(), steps)
-        trained = checkpoint.get("config", {}).get("standardize", standardize) if resume or init_from not in ("scratch", "auto") else standardize
+        trained = (checkpoint.get("config") or {}).get("standardize", standardize) if resume or init_from not in ("scratch", "auto") else standardize
         if trained != standardize:
             raise ValueError(f"{path} was trained on pixels with --standardize={trained}: give the same flag")
         if standardize and not min(meta["std"]) > 0:

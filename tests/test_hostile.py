@@ -145,8 +145,14 @@ def test_a_damaged_snapshot_is_left_out_of_a_run_and_named(tmp_path, capsys):
     assert note.count("\n") == 1 and note.startswith("note: left out") and "step_0000002.pt" in note
     with pytest.raises(ValueError, match="step_0000002.pt"):
         list(open_all([str(tmp_path / "step_0000002.pt")]))
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    torch.save(content(iter_num=1), whole / "ckpt.pt")
     for step in (1, 3):
         (tmp_path / f"step_000000{step}.pt").write_bytes(b"x")
+    for runs in ([str(tmp_path), str(whole)], [str(whole), str(tmp_path)]):  # nothing is left of one
+        with pytest.raises(ValueError, match="step_0000003.pt"):
+            list(open_all(runs))
     with pytest.raises(ValueError, match="step_0000003.pt"):
         list(open_all([str(tmp_path)]))
 

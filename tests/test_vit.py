@@ -4,6 +4,7 @@ import math
 import pathlib
 import signal
 import subprocess
+import zlib
 
 import numpy as np
 import pytest
@@ -217,6 +218,26 @@ def test_centre_crops_are_pillows(height, width, resize, size):
     piece = torch.from_numpy(np.asarray(image)[y:y + h, x:x + w].copy())[None]
     got = batched(piece, torch.tensor([[h, w]]), size, boxes=torch.from_numpy(parts).float())[0].permute(1, 2, 0).numpy()
     assert np.abs(got.astype(int) - whole[top:top + size, left:left + size]).max() <= 1
+
+
+def test_splits_of_the_same_shapes_and_labels_are_apart(tmp_path):
+    """Their indices are equal to the byte; the same pixels are refused."""
+    rng, entries = np.random.default_rng(0), {}
+    index = np.zeros(4, dtype=RECORD)
+    index["offset"], index["height"], index["width"] = np.arange(4) * 3 * 64, 8, 8
+    for split in ("train", "val"):
+        files = {f"{split}.bin": rng.integers(0, 256, 4 * 3 * 64, dtype=np.uint8).tobytes(), f"{split}.idx": index.tobytes()}
+        entries[split] = {"images": 4, "files": [{"name": name, "bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
+                                                 for name, data in files.items()]}
+        for name, data in files.items():
+            (tmp_path / name).write_bytes(data)
+    meta = {"kind": "images", "classes": ["a"], "short_side": 8, "mean": [0.5] * 3, "std": [0.2] * 3, "splits": entries}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert ImageSplit(str(tmp_path), "val").n_images == 4
+    entries["val"]["files"][0]["crc32"] = entries["train"]["files"][0]["crc32"]
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="val.bin of the val split is train.bin of train"):
+        ImageSplit(str(tmp_path), "val")
 
 
 def test_damaged_folders_are_refused(image_dir, tmp_path):
