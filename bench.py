@@ -10,35 +10,27 @@ A ratio is our time over the floor's: 1 is the floor itself. Floors: DESIGN sect
 On CUDA each contestant's peak memory stands behind its row. `vit` runs timm's ViT beside ours where timm is installed.
 """
 import contextlib
-import glob
 import importlib.util
 import io
-import json
-import multiprocessing
 import os
-import shutil
-import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import prepare_pile
+import bench_paths
 import train_lm
 import train_vit
-from batches import TokenSplit
-from common import init_dist, input_errors, peak_flops, pick_dtype, save, save_json, synchronize, write_atomic
+from common import init_dist, input_errors, peak_flops, pick_dtype, save_json
 from configurator import configure, current
 from families import attention_layers
 from images import RECORD, ImageSplit
 from model import GPT, ViT, decay_groups, head_loss, init_weights, make_optimizers, vit_size
-from spectra import metrics, qk_factors, singular_values, summary
+from spectra import summary
+from timing import in_a_process, interleaved, peak_memory, row, table
 
 repeats = 7             # of each contestant, interleaved; medians are printed
 device = "auto"         # auto, cpu, cuda, mps
@@ -48,49 +40,6 @@ peer = ""               # a checkout of karpathy/nanoGPT: its training step besi
 text = ""               # .jsonl or .jsonl.zst for prepare; empty: this Python's library and packages
 out_dir = "out/bench"   # where bench.json goes
 
-
-def interleaved(contestants, world):
-    """Median seconds of each contestant, {name: function without arguments}, run in turn `repeats` times after a warm-up; on CUDA
-    the memory that it takes at its peak beyond what stays goes into MEMORY[name], in MB."""
-    times = {name: [] for name in contestants}
-    for i in range(repeats + 1):
-        for name, function in contestants.items():
-            synchronize(world.device)
-            if world.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
-            start = time.perf_counter()
-            function()
-            synchronize(world.device)
-            if i:
-                times[name].append(time.perf_counter() - start)
-            if world.device.type == "cuda":
-                MEMORY[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-MEMORY = {}
-
-
-def peak_memory(*names):
-    """{"peak_MB ...": MB} of contestants of the last interleaved run on CUDA; nothing elsewhere."""
-    return {f"peak_MB_{name}": MEMORY[name] for name in names if name in MEMORY}
-
-
-def row(path, what, ours, floor_name, floor, **more):
-    print(f"{path}: {what}: {ours / floor:.2f} of {floor_name}", file=sys.stderr, flush=True)
-    return {"path": path, "what": what, "seconds": ours, "floor": floor_name, "floor_seconds": floor, "ratio": ours / floor, **more}
-
-
-def table(rows):
-    """The rows as lines of markdown."""
-    lines = [["path", "what", "against", "ours, ms", "that, ms", "ratio", ""]]
-    for x in rows:
-        more = ", ".join(f"{name} {value:.4g}" for name, value in list(x.items())[6:])
-        lines.append([x["path"], x["what"], x["floor"], f"{1e3 * x['seconds']:.3f}", f"{1e3 * x['floor_seconds']:.3f}", f"{x['ratio']:.2f}", more])
-    wide = [max(len(line[i]) for line in lines) for i in range(6)] + [0]
-    lines.insert(1, ["-" * max(3, w) for w in wide])
-    return ["| " + " | ".join(text.ljust(w) for text, w in zip(line, wide)) + " |" for line in lines]
 
 # ------------------------------------------------------------------------------------------------------------ training step
 
@@ -160,29 +109,6 @@ def nanogpt_step(world, args, state, inputs):
     return step
 
 
-def in_a_process(world, make, *args):
-    """make(world, *args), a function, and what it does, in a process of its own, so that nothing done to this one (freed memory that stays)
-    is done to it; (a function that has it run and returns its result as a float, a function that ends it)."""
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, world, current(globals()), make, args), daemon=True)
-    process.start()
-
-    def run():
-        here.send(True)
-        return here.recv()
-
-    return run, process.kill
-
-
-def serve(pipe, world, settings, make, args):
-    globals().update(settings)
-    function = make(world, *args)
-    while pipe.recv():
-        value = float(function())
-        synchronize(world.device)
-        pipe.send(value)
-
-
 def bench_step(world):
     """One optimizer step against its model FLOPs at the rate of a large GEMM, and against nanoGPT's; what measuring rank adds."""
     amp = pick_dtype(dtype, world.device)
@@ -196,10 +122,10 @@ def bench_step(world):
         state = {name: x.clone() for name, x in model.state_dict().items()}
         steps = {"step": train_step(model, world, inputs, lambda out: out[1])}
         if peer:
-            steps["nanoGPT"], stop = in_a_process(world, nanogpt_step, args, state, [x.cpu() for x in inputs])
+            steps["nanoGPT"], stop = in_a_process(world, current(globals()), nanogpt_step, args, state, [x.cpu() for x in inputs])
         times = interleaved({**{name: lambda step=step, values=losses[name]: values.append(step()) for name, step in steps.items()},
                              "gemm": lambda: a @ a,
-                             "rank": lambda model=model: summary(attention_layers(model.state_dict(), model.args["n_head"]))}, world)
+                             "rank": lambda model=model: summary(attention_layers(model.state_dict(), model.args["n_head"]))}, world, repeats)
         flops = model.flops_per_token(args["block_size"]) * inputs[0].numel()
         floor = flops / (2 * n**3 / times["gemm"])
         what = f"{args['n_layer']} layers, {args['n_embd']} wide, {args['vocab_size']} ids, {B} x {args['block_size']} tokens, {str(amp)[6:]}"
@@ -244,7 +170,7 @@ def bench_variants(world):
         except Exception as error:  # compilers and kernels fail in dozens of ways where they are not for this machine
             print(f"variants   {name}: not on this machine ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]})", flush=True)
             continue
-        times = interleaved({"variant": step, "default": make()}, world)
+        times = interleaved({"variant": step, "default": make()}, world, repeats)
         yield row("variants", name, times["variant"], "the step as it is", times["default"], **peak_memory("variant", "default"))
         torch.compiler.reset()
 
@@ -258,7 +184,7 @@ def bench_head(world):
         w = (0.02 * torch.randn(V, d, device=world.device)).requires_grad_()
         y = torch.randint(V, (N,), device=world.device)
         times = interleaved({"chunked": lambda x=x, w=w, y=y: head_loss(x, w, y).backward(),
-                             "plain": lambda x=x, w=w, y=y: F.cross_entropy(F.linear(x, w), y, ignore_index=-1).backward()}, world)
+                             "plain": lambda x=x, w=w, y=y: F.cross_entropy(F.linear(x, w), y, ignore_index=-1).backward()}, world, repeats)
         yield row("head", f"{N} tokens, {d} wide, {V} ids, chunked", times["chunked"], "plain logits and cross_entropy", times["plain"],
                   logits_MB=N * V * 4 / 2**20)
 
@@ -273,7 +199,7 @@ def bench_vit(world):
     step = train_step(model, world, (pictures,), lambda logits: F.cross_entropy(logits.float(), labels))
     peers, stop = {}, None
     if importlib.util.find_spec("timm"):
-        peers["timm"], stop = in_a_process(world, timm_step, pictures.cpu(), labels.cpu())
+        peers["timm"], stop = in_a_process(world, current(globals()), timm_step, pictures.cpu(), labels.cpu())
     amp = pick_dtype(dtype, world.device)
     n = 2048 if world.device.type == "cpu" else 8192
     a = torch.randn(n, n, device=world.device, dtype=amp)
@@ -296,7 +222,8 @@ def bench_vit(world):
             return split.pixels[:B * 3 * shape[0] * shape[1]].copy()
 
         times = interleaved({"step": step, **peers, "gemm": lambda: a @ a, "load": lambda: next(stream), "memcpy": copies,
-                             "augment": lambda: train_vit.augment(*ready, train_vit.sample_numbers(next(number), 0, world), split.meta)}, world)
+                             "augment": lambda: train_vit.augment(*ready, train_vit.sample_numbers(next(number), 0, world), split.meta)},
+                            world, repeats)
     floor = model.flops_per_image() * B / (2 * n**3 / times["gemm"])
     yield row("vit", f"ViT-S/16 at 224, batch {B}, {str(amp)[6:]}", times["step"], f"its FLOPs at the rate of a {n} GEMM", floor,
               images_per_s=B / times["step"], mfu=floor / times["step"], **peak_memory("step"))
@@ -335,7 +262,7 @@ def timm_step(world, pictures, labels):
 def bench_start(world):
     """From the command line to the first optimizer step of the demo's model, not compiled, against importing torch."""
     with tempfile.TemporaryDirectory() as folder:
-        write_tokens(os.path.join(folder, "text"), np.resize(np.arange(256, dtype="<u2"), 1_000_000), "byte", 257)
+        bench_paths.write_tokens(os.path.join(folder, "text"), np.resize(np.arange(256, dtype="<u2"), 1_000_000), "byte", 257)
         here = os.path.dirname(os.path.abspath(__file__))
         command = [sys.executable, os.path.join(here, "train_lm.py"), os.path.join(here, "config", "demo.py"), "--dataset=text",
                    f"--data_dir={folder}", f"--out_dir={folder}/run", "--overwrite", "--log_interval=1", "--eval_iters=1", "--compile=false",
@@ -347,181 +274,15 @@ def bench_start(world):
                     raise RuntimeError(f"{' '.join(command)} took no step")
                 process.kill()
 
-        times = interleaved({"start": first_step, "torch": lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True)}, world)
+        times = interleaved({"start": first_step, "torch": lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True)},
+                            world, repeats)
     yield row("start", "train_lm.py config/demo.py to its first step", times["start"], "import torch", times["torch"])
 
 
-def write_tokens(folder, tokens, tokenizer, vocab_size):
-    """A data folder of these tokens, uint16: the last 2,000 are val, those before them test."""
-    os.makedirs(folder, exist_ok=True)
-    splits = {}
-    for split, part in {"train": tokens[:-4000], "test": tokens[-4000:-2000], "val": tokens[-2000:]}.items():
-        part.tofile(os.path.join(folder, f"{split}.bin"))
-        splits[split] = {"tokens": len(part), "documents": 1, "files": [{"name": f"{split}.bin", "tokens": len(part)}]}
-    save_json(os.path.join(folder, "meta.json"), {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": "uint16", "splits": splits})
-
-
-def bench_batches(world):
-    """P1's batch, 128 windows of 757 tokens out of 200 M, against a memcpy of the same bytes and against nanoGPT's way."""
-    with tempfile.TemporaryDirectory() as folder:
-        n, T, B = 200_000_000, 756, 128
-        write_tokens(folder, np.resize(np.arange(50257, dtype="<u2"), n), "gpt2", 50257)
-        split, start = TokenSplit(folder, "train", T), iter(range(0, 10**9, B))
-        block = np.zeros((B, T + 1), dtype=np.int64)  # the bytes a batch ends as
-        copy = np.zeros_like(block)
-
-        def nanogpt():  # get_batch of its train.py
-            data = np.memmap(os.path.join(folder, "train.bin"), dtype=np.uint16, mode="r")
-            ix = torch.randint(len(data) - T, (B,))
-            return (torch.stack([torch.from_numpy(data[i:i + T].astype(np.int64)) for i in ix]),
-                    torch.stack([torch.from_numpy(data[i + 1:i + 1 + T].astype(np.int64)) for i in ix]))
-
-        times = interleaved({"sample": lambda: [split.sample(0, next(start), B) for _ in range(50)],
-                             "memcpy": lambda: [np.copyto(copy, block) for _ in range(50)],
-                             "nanoGPT": lambda: [nanogpt() for _ in range(50)]}, world)
-    what = "128 x 757 of 200 M tokens, shuffled, checked, int64"
-    yield row("batches", what, times["sample"] / 50, "memcpy of the batch", times["memcpy"] / 50)
-    yield row("batches", what, times["sample"] / 50, "nanoGPT's get_batch", times["nanoGPT"] / 50, times_faster=times["nanoGPT"] / times["sample"])
-
-
-def bench_spectra(world):
-    """32 heads of 4096 x 128, one layer and product of Llama 2 7B, read from a file that the page cache holds: against reading it and one pass of
-    float32 Gram GEMMs over the factors; TransformerLens's way (three SVDs a head); the SVD of the whole product (one head, times 32)."""
-    torch.manual_seed(0)
-    W_Q, W_K = torch.randn(2, 32, 128, 4096)
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "layer")
-        torch.stack([W_Q, W_K]).numpy().tofile(path)
-
-        def read():
-            return torch.from_numpy(np.fromfile(path, np.float32)).view(2, 32, 128, 4096).to(world.device)
-
-        def floor():
-            W_Q, W_K = read()
-            return W_Q @ W_Q.mT, W_K @ W_K.mT
-
-        W_Q, W_K = W_Q.to(world.device), W_K.to(world.device)
-        A, B = qk_factors(W_Q, W_K)
-        times = interleaved({"ours": lambda: metrics(*qk_factors(*read())), "floor": floor, "metrics": lambda: metrics(A, B),
-                             "grams": lambda: (A.mT @ A, B.mT @ B), "exact": lambda: metrics(A, B, exact=True)}, world)
-    rare = {}
-    for name, way, heads in (("factored", lambda: factored_matrix_svd(A, B.mT), 32), ("full", lambda: torch.linalg.svdvals(A[0] @ B[0].mT), 1)):
-        synchronize(world.device)
-        start = time.perf_counter()
-        way()  # seconds to minutes: once
-        synchronize(world.device)
-        rare[name] = (time.perf_counter() - start) * 32 / heads
-    exact = singular_values(A, B, exact=True)
-    deficient = A * (torch.arange(128, device=A.device) < 5)  # rank 5
-    error = [float(((singular_values(X, B) - want).abs() / want[:, :1]).max())
-             for X, want in ((A, exact), (deficient, singular_values(deficient, B, exact=True)))]
-    what = "32 heads of 4096 x 128, all metrics"
-    yield row("spectra", f"{what}, from a file", times["ours"], "reading it, float32 Grams", times["floor"], error=error[0], error_at_rank_5=error[1])
-    yield row("spectra", f"{what}, from memory", times["metrics"], "float32 Grams", times["grams"])
-    yield row("spectra", f"{what}, --exact (QR)", times["exact"], "float32 Grams", times["grams"])
-    yield row("spectra", f"{what}, from memory", times["metrics"], "TransformerLens's FactoredMatrix.svd", rare["factored"],
-              times_faster=rare["factored"] / times["metrics"])
-    yield row("spectra", f"{what}, from memory", times["metrics"], "32 x the SVD of one whole product", rare["full"],
-              times_faster=rare["full"] / times["metrics"])
-
-
-def factored_matrix_svd(A, B):
-    """As TransformerLens's FactoredMatrix does it: for A (H, d, r), B (H, r, d) the SVDs of A, of B, and of what stands between."""
-    U_A, s_A, V_A = torch.linalg.svd(A, full_matrices=False)
-    U_B, s_B, V_B = torch.linalg.svd(B, full_matrices=False)
-    U, s, V = torch.linalg.svd(s_A[..., None] * V_A @ U_B * s_B[..., None, :], full_matrices=False)
-    return U_A @ U, s, V @ V_B
-
-
-def bench_checkpoint(world):
-    """Saving 100 MB of state against writing and fsyncing the same bytes."""
-    state = {"model": {f"w{i}": torch.randn(25, 1024, 256) for i in range(4)}}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    raw = buffer.getvalue()
-    os.makedirs(out_dir, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir) as folder:
-        times = interleaved({"save": lambda: save(os.path.join(folder, "a.pt"), state),
-                             "write": lambda: write_atomic(os.path.join(folder, "b.pt"), lambda file: file.write(raw))}, world)
-    yield row("checkpoint", f"{len(raw) / 1e6:.0f} MB saved, fsynced, renamed", times["save"], "write and fsync of the bytes", times["write"])
-
-
-def bench_prepare(world):
-    """prepare_pile.py, file to files, against tiktoken's encode of the same texts in memory on all cores, and against
-    datasets.map with as many processes and a memmap; the ids of both are compared byte by byte."""
-    import tiktoken
-    try:
-        enc = tiktoken.get_encoding("gpt2")
-    except Exception as error:  # no network
-        return print(f"prepare    left out, tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}): set TIKTOKEN_CACHE_DIR")
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        documents = os.path.join(folder, "documents.jsonl")
-        texts = bench_texts()
-        with open(documents, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-        blocks = [texts[i::128] for i in range(128)]
-
-        def alone():  # as fast as threads over encode_to_tiktoken_buffer, faster than encode_ordinary_batch
-            return sum(pool.map(lambda block: sum(len(enc.encode_to_numpy(text, disallowed_special=())) for text in block), blocks))
-
-        def ours():
-            shutil.rmtree(os.path.join(folder, "bench"), ignore_errors=True)
-            vars(prepare_pile).update(source=documents, dataset="bench", data_dir=folder, tokenizer="gpt2", val_fraction=0.0, test_fraction=0.0)
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                prepare_pile.main()
-
-        def datasets_map():  # as nanoGPT's data/openwebtext does it: ids and len by map, then 1024 contiguous shards into a memmap
-            def ids_of(example):
-                ids = [*enc.encode_ordinary(example["text"]), enc.eot_token]
-                return {"ids": ids, "len": len(ids)}
-
-            data = datasets.load_dataset("json", data_files=documents, split="train", cache_dir=os.path.join(folder, "cache"))
-            data = data.map(ids_of, remove_columns=["text"], num_proc=os.cpu_count(), load_from_cache_file=False)
-            out = np.memmap(os.path.join(folder, "map.bin"), dtype=np.uint16, mode="w+", shape=(int(np.sum(data["len"])),))
-            at = 0
-            for i in range(1024):
-                shard = data.shard(num_shards=1024, index=i, contiguous=True).with_format("numpy")
-                ids = np.concatenate(list(shard["ids"])) if len(shard) else []
-                out[at:at + len(ids)] = ids
-                at += len(ids)
-            out.flush()
-
-        contestants = {"alone": alone, "ours": ours}
-        try:
-            import datasets
-            datasets.disable_progress_bars()
-            contestants["map"] = datasets_map
-        except ImportError:
-            print("prepare    without datasets (pip install -r requirements-dev.txt) there is no peer to compare with")
-        times = interleaved(contestants, world)
-        MB, cores = os.path.getsize(documents) / 1e6, os.cpu_count()
-        what = f"{MB:.0f} MB of .jsonl, GPT-2's BPE, {cores} cores"
-        yield row("prepare", what, times["ours"], "tiktoken alone", times["alone"], share_of_tiktokens_speed=times["alone"] / times["ours"])
-        if "map" in times:
-            with open(os.path.join(folder, "map.bin"), "rb") as a, open(os.path.join(folder, "bench", "train_00000.bin"), "rb") as b:
-                same = a.read() == b.read()
-            yield row("prepare", what, times["ours"], "datasets.map and a memmap", times["map"], times_faster=times["map"] / times["ours"],
-                      identical_ids=same)
-
-
-def bench_texts():
-    """The documents that prepare is timed on: those of --text, else this Python's library and packages, 80 MB at most."""
-    if text:
-        import pyarrow
-        with pyarrow.input_stream(text, compression="detect") as file:
-            return [json.loads(line)["text"] for line in file.read().splitlines()]
-    texts, size = [], 0
-    for path in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "**", "*.py"), recursive=True)):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            texts.append(file.read())
-        size += len(texts[-1])
-        if size > 80e6:
-            break
-    return texts
-
-
 BENCHES = {"step": bench_step, "variants": bench_variants, "vit": bench_vit, "head": bench_head, "start": bench_start,
-           "batches": bench_batches, "spectra": bench_spectra, "checkpoint": bench_checkpoint, "prepare": bench_prepare}
+           "batches": lambda world: bench_paths.batches(world, repeats), "spectra": lambda world: bench_paths.spectra(world, repeats),
+           "checkpoint": lambda world: bench_paths.checkpoint(world, repeats, out_dir),
+           "prepare": lambda world: bench_paths.prepare(world, repeats, text)}
 
 
 def main(names):
