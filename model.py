@@ -138,10 +138,13 @@ class GPT(nn.Module):
         """Continues idx (B, T) by max_new_tokens sampled tokens -> (B, T + max_new_tokens).
 
         temperature 0 takes the likeliest; top_k > 0 samples among that many; n_tokens: ids from there on (vocabulary padding) are barred.
+        Raises ValueError for logits that are not finite.
         """
         for _ in range(max_new_tokens):
             x = self.hidden(idx[:, -self.args["block_size"]:])
             logits = self.lm_head(x[:, -1])[:, :n_tokens].float()  # (B, n_tokens)
+            if not logits.isfinite().all():
+                raise ValueError("its logits are not finite: weights that are damaged, or overflow")
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:

@@ -58,11 +58,11 @@ def main(path):
         idx = torch.tensor([encode(prompt)] * num_samples, device=world.device)
         if int(idx.max()) >= model.args["vocab_size"]:
             raise ValueError(f"tokenizer {name} does not fit the model's vocabulary of {model.args['vocab_size']}")
-        with torch.no_grad():
-            if not model(idx[:, -model.args["block_size"]:])[0].isfinite().all():
-                raise ValueError(f"{file}: its logits are not finite: weights that are damaged, or overflow")
-    generator = torch.Generator(world.device).manual_seed(seed)
-    for ids in model.generate(idx, max_new_tokens, temperature, top_k, n_tokens, generator):
+        try:
+            texts = model.generate(idx, max_new_tokens, temperature, top_k, n_tokens, torch.Generator(world.device).manual_seed(seed))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+    for ids in texts:
         print(decode(ids.tolist()), end="\n---------------\n")
 
 
