@@ -216,7 +216,7 @@ def over_training(folder):
                     colour = plt.get_cmap("viridis")(0.9 * i / max(1, len(wds) - 1))
                     ax.plot(t, [v.mean() for v in values], color=colour, linewidth=1.2, label=f"{wd:g}")
                     ax.fill_between(t, [v.min() for v in values], [v.max() for v in values], color=colour, alpha=0.2, linewidth=0)
-                ax.set_title(label + f", {group}" * bool(group))
+                ax.set_title(label + (",\n" if len(group) > 16 else ", ") * bool(group) + group)
             for ax in line[:2]:
                 ax.set_ylim(0, 1.04 * ax.get_ylim()[1])
             if not accuracy:

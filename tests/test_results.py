@@ -59,6 +59,27 @@ def test_muon():
     assert stated == {attn: [round(x, 3) for x in found] for (attn, _), found in sweep_means("muon").items()}
 
 
+def test_pile():
+    """Means over seeds, differences to coupled decay, ranks and gaps at both learning rates."""
+    stated = {}
+    for line in re.findall(r"^\| 0\.00[24] \| [04] \|.*$", section("Pile text"), re.M):
+        lr, wd, constants, ppl, sd, *rest = numbers(line)
+        stated[lr, wd] = [constants, ppl, sd, *rest[-4:]]
+        if wd == 0:
+            row = next(row for row in rows("pile/paired.csv") if row["table"].startswith(f"learning_rate={lr:g},"))
+            assert rest[:3] == [round(float(row[name]), 1) for name in ("difference", "low", "high")]
+    runs = {}
+    for row in rows("pile/sweep.csv"):
+        assert row["status"] == "done"
+        runs.setdefault((float(row["learning_rate"]), float(row["attn_wd"])), []).append(row)
+    for at, found in runs.items():
+        mean = {name: statistics.mean(float(row[name]) for row in found) for name in found[0] if name.startswith(("attn_", "test_", "decay_"))}
+        assert len(found) == 5 and stated[at] == [
+            round(mean["decay_time_constants"], 2), round(mean["test_ppl"], 1), round(statistics.stdev(float(row["test_ppl"]) for row in found)),
+            *(round(mean[f"attn_rank95_{product}"] + 1e-9, 1) for product in ("qk", "ov")),
+            *(round(mean[f"attn_gap_{product}"], 3) for product in ("qk", "ov"))], at
+
+
 def test_n3():
     growth = {(row["optimizer"], float(row["learning_rate"]), float(row["attn_wd"])): float(row["norm_growth"]) for row in rows("n3/sweep.csv")}
     stated = {}
