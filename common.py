@@ -69,7 +69,7 @@ def init_dist(device="auto"):
 
 def keep_freed_memory():
     """Has glibc keep freed memory: it gives blocks the size of activations back at once, and each step would fault them in anew (ViT-S/16's
-    step takes 8 to 10 % longer then, RESULTS.md "Speed"). Does nothing under another libc."""
+    step took 8 to 14 % longer then, RESULTS.md "Speed"). Does nothing under another libc."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: CDLL(None) on Windows
         libc = ctypes.CDLL(None)
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h, in bytes
