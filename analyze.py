@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoints import NOT_MODELS, SUFFIXES, expand, open_all, run_of
-from common import init_dist, input_errors, load, write_atomic
-from common import save as save_file
 from configurator import configure
-from families import is_block, left_out
-from spectra import gaussian_nuclear, measure, ov_factors, qk_factors, rank_name, ranks, svd
+from nanorank.checkpoints import NOT_MODELS, SUFFIXES, expand, open_all, run_of
+from nanorank.device import init_dist
+from nanorank.errors import UserError, user_errors
+from nanorank.families import is_block, left_out
+from nanorank.files import load_pt, save_pt, write_atomic
+from nanorank.spectra import gaussian_nuclear, measure, ov_factors, qk_factors, rank_name, ranks, svd
 
 out_dir = "out/analysis"    # where the CSV files and the figures go
 threshold = 0.95            # of the threshold rank: smallest k with s_1 + ... + s_k >= threshold * sum(s); its column is rank95
@@ -51,7 +52,7 @@ save = ""                   # where the truncated checkpoint goes: for train_lm.
 # ------------------------------------------------------------------------------------------------------------------- rows
 
 def head_rows(checkpoint, device, done=lambda part: None):
-    """(rows of heads.csv, rows of spectra.csv) of one checkpoint, dicts. Raises ValueError naming checkpoint, layer and product."""
+    """(rows of heads.csv, rows of spectra.csv) of one checkpoint, dicts. Raises UserError naming checkpoint, layer and product."""
     rows, spectra, modules = [], [], checkpoint.modules()
     for layer in read_ahead(checkpoint.attention_layer, modules):
         for product, factors in (("qk", qk_factors(layer.W_Q, layer.W_K)), ("ov", ov_factors(layer.W_V, layer.P))):
@@ -60,7 +61,7 @@ def head_rows(checkpoint, device, done=lambda part: None):
                 s, table = measure(A, B, threshold, exact)
             except ValueError as error:
                 where = f"{layer.stack} layer {layer.layer}".strip()
-                raise ValueError(f"{checkpoint.path}: {where}, {product}: {str(error).replace('product [', 'head [')}") from None
+                raise UserError(f"{checkpoint.path}: {where}, {product}: {str(error).replace('product [', 'head [')}") from None
             baseline = gaussian_nuclear(A.shape[-2], B.shape[-2], A.shape[-1])
             for head in range(len(s)):
                 key = {"checkpoint": checkpoint.path, "step": checkpoint.step, "stack": layer.stack, "layer": layer.layer, "head": head,
@@ -127,7 +128,7 @@ def norm_rows(checkpoint, previous, done=lambda part: None):
         for name, p in tensors.items():
             pp, pq, qq = dot_products(p, before.get(name))
             if not np.isfinite(pp):
-                raise ValueError(f"{checkpoint.path}: {name} holds NaN or inf")
+                raise UserError(f"{checkpoint.path}: {name} holds NaN or inf")
             added = np.array([pp, pq, qq, pp * (name in before), p.numel()])
             for group in groups[name]:
                 sums[group] = sums.get(group, 0) + added
@@ -263,16 +264,16 @@ def print_side_by_side(runs):
 def print_comparison(runs, settings):
     """Two checkpoints (the last ones of two runs), layer by layer: each metric of A, of B, and B - A. Returns the rows of compare.csv.
 
-    settings: the two runs' settings, {name: value}; those that differ are printed. Raises ValueError where the layers are not the same.
+    settings: the two runs' settings, {name: value}; those that differ are printed. Raises UserError where the layers are not the same.
     """
     (name_a, a), (name_b, b) = [(name, by_layer(checkpoints[-1][1])) for name, checkpoints in runs.items()]
     if a.keys() != b.keys():
-        raise ValueError(f"--compare: {name_a} and {name_b} have different layers: {', '.join(sorted(a.keys() ^ b.keys())[:4])}")
+        raise UserError(f"--compare: {name_a} and {name_b} have different layers: {', '.join(sorted(a.keys() ^ b.keys())[:4])}")
     columns = [rank_name(threshold), "effective_rank", "nuclear", "gap"]
     for label in a:
         x, y = ((len(table[label]), table[label][0]["d_head"]) for table in (a, b))
         if x != y:
-            raise ValueError(f"--compare: {label} has {x[0]} heads of {x[1]} in {name_a}, {y[0]} of {y[1]} in {name_b}")
+            raise UserError(f"--compare: {label} has {x[0]} heads of {x[1]} in {name_a}, {y[0]} of {y[1]} in {name_b}")
     print(f"\nA = {name_a}\nB = {name_b}\nmeans over heads\n{'':16}" + "".join(f"{name:^33}" for name in columns)
           + f"\n{'':16}" + f"{'A':>11}{'B':>11}{'B - A':>11}" * len(columns))
     rows = []
@@ -333,12 +334,12 @@ def truncated(state, n_head, threshold):
 
 
 def truncatable(checkpoint):
-    """What a checkpoint's file holds. Raises ValueError where it is not a GPT of ours or nanoGPT's."""
-    raw = load(checkpoint.path) if os.path.isfile(checkpoint.path) and not checkpoint.path.endswith(".safetensors") else {}
+    """What a checkpoint's file holds. Raises UserError where it is not a GPT of ours or nanoGPT's."""
+    raw = load_pt(checkpoint.path) if os.path.isfile(checkpoint.path) and not checkpoint.path.endswith(".safetensors") else {}
     biases = [name.endswith(("attn.c_attn.bias", "attn.c_proj.bias")) for name in checkpoint.tensors]
     if not isinstance(raw.get("model_args"), dict) or not isinstance(raw.get("config") or {}, dict) \
             or checkpoint.modules()[0].scheme.layout != "conv" or sum(biases) not in (0, 2 * len(checkpoint.modules())):
-        raise ValueError(f"{checkpoint.path}: --truncate takes a GPT checkpoint of train_lm.py's or nanoGPT's (with model_args)")
+        raise UserError(f"{checkpoint.path}: --truncate takes a GPT checkpoint of train_lm.py's or nanoGPT's (with model_args)")
     return raw
 
 
@@ -348,41 +349,41 @@ def save_truncated(checkpoint, raw):
     state = checkpoint.read(checkpoint.tensors)
     state, qk, ov = truncated(state, heads, truncate)
     keep = {key: raw[key] for key in ("model_args", "iter_num", "best_val_loss", "config") if key in raw}
-    save_file(save, {"model": state, **keep, "truncated": truncate})
+    save_pt(save, {"model": state, **keep, "truncated": truncate})
     print(f"\nwrote {save}: of {raw['model_args']['n_embd'] // heads} directions a head {qk:.2f} stay in QK, {ov:.2f} in OV (means); evaluate it:\n"
           f"    python train_lm.py --init_from={save} --eval_only --dataset={raw.get('config', {}).get('dataset', 'DATASET')}")
 
 # ------------------------------------------------------------------------------------------------------------------ main
 
 def check_settings(paths):
-    """Raises ValueError for settings that make no sense together."""
+    """Raises UserError for settings that make no sense together."""
     if not paths:
-        raise ValueError("which checkpoint? python analyze.py out/lm/ckpt.pt; --help lists the settings")
+        raise UserError("which checkpoint? python analyze.py out/lm/ckpt.pt; --help lists the settings")
     rank_name(threshold)
     if (truncate > 0) != bool(save):
-        raise ValueError("--truncate=0.95 and --save=FILE go together")
+        raise UserError("--truncate=0.95 and --save=FILE go together")
     if save and os.path.exists(save):
-        raise ValueError(f"--save={save} is there already")
+        raise UserError(f"--save={save} is there already")
     if truncate:
         rank_name(truncate)
     for name in ("n_head", "n_kv_head", "d_head"):
         if globals()[name] < 0:
-            raise ValueError(f"--{name}={globals()[name]} must not be negative")
+            raise UserError(f"--{name}={globals()[name]} must not be negative")
     if layers and not re.fullmatch(r"\d+(,\d+)*", layers):
-        raise ValueError(f"--layers={layers}: expects numbers separated by commas")
+        raise UserError(f"--layers={layers}: expects numbers separated by commas")
 
 
 def main(paths):
     """Returns {run: [(step, rows of heads.csv)]}."""
-    with input_errors("analyze.py"):
+    with user_errors("analyze.py"):
         check_settings(paths)
         world = init_dist(device)
         found = expand(paths)
         apart = compare and len(found) == 2  # two checkpoints, of one run perhaps
         if save and len(found) != 1:
-            raise ValueError(f"--truncate takes one checkpoint, not {len(found)}")
+            raise UserError(f"--truncate takes one checkpoint, not {len(found)}")
         if compare and not apart and len(set(map(run_of, found))) != 2:
-            raise ValueError(f"--compare takes two runs or checkpoints, not {len(set(map(run_of, found)))}")
+            raise UserError(f"--compare takes two runs or checkpoints, not {len(set(map(run_of, found)))}")
         os.makedirs(out_dir, exist_ok=True)
         heads, spectra, norm_table, runs, sources, settings, previous, raw = [], [], [], {}, {}, {}, None, None
         options = {"n_head": n_head, "n_kv_head": n_kv_head, "d_head": d_head, "pattern": pattern, "layout": layout, "state_dict": state_dict}
@@ -395,15 +396,15 @@ def main(paths):
                 counts, told = zip(*(checkpoint.heads_of(module) for module in modules))
                 told = ", ".join(dict.fromkeys(told))
                 if n_head and n_head not in counts:
-                    raise ValueError(f"--n_head={n_head}: {checkpoint.path} has {', '.join(map(str, sorted(set(counts))))}, by {told}")
+                    raise UserError(f"--n_head={n_head}: {checkpoint.path} has {', '.join(map(str, sorted(set(counts))))}, by {told}")
                 if chosen and not {module.layer for module in modules} & {*chosen}:
-                    raise ValueError(f"--layers={layers}: {checkpoint.path} has none of them")
+                    raise UserError(f"--layers={layers}: {checkpoint.path} has none of them")
                 raw = truncatable(checkpoint) if save else None
                 sources[run] = told, left_out(modules, checkpoint.shapes)
                 settings[run] = checkpoint.configs.get("its config", {})
                 rows, singular = head_rows(checkpoint, world.device, progress.update)
                 if d_head and d_head not in {row["d_head"] for row in rows}:
-                    raise ValueError(f"--d_head={d_head}: heads of {checkpoint.path} are {rows[0]['d_head']} wide, by {told}")
+                    raise UserError(f"--d_head={d_head}: heads of {checkpoint.path} are {rows[0]['d_head']} wide, by {told}")
                 runs.setdefault(run, []).append((checkpoint.step, rows))
                 spectra = [row for row in spectra if apart or run_of(row["checkpoint"]) != run] + singular  # of a run the last
                 heads += rows
@@ -432,9 +433,9 @@ def main(paths):
             save_truncated(checkpoint, raw)
         print(f"\nwrote {', '.join(written)}")
         if figure:
-            import figures
+            from nanorank.figures import heads as figures
             drawn = figures.analysis(out_dir, [name.removesuffix(".csv") for name, rows in tables.items() if rows], chosen)
-            print(f"figures: {', '.join(drawn)}" + f" (f4, heatmap, spectra, norms: the first {figures.MOST_RUNS} of {len(runs)} runs)"
+            print(f"figures: {', '.join(drawn)}" + f" (nuclear_norm, heatmap, spectra, norms: the first {figures.MOST_RUNS} of {len(runs)} runs)"
                   * (len(runs) > figures.MOST_RUNS))
     return runs
 

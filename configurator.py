@@ -22,6 +22,11 @@ import re
 import sys
 import tokenize
 
+
+class UserError(ValueError):
+    """What the user gave is wrong; the message names it and the fix. Scripts print it as one line and exit with status 2."""
+
+
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -58,8 +63,8 @@ def configure(settings, positional="", argv=None):
             else:
                 others.append(arg)
         if others and not positional:
-            raise ValueError(f"unexpected argument {others[0]!r}: settings are --name=value, config files end in .py")
-    except ValueError as error:
+            raise UserError(f"unexpected argument {others[0]!r}: settings are --name=value, config files end in .py")
+    except UserError as error:
         print(f"{script}: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     return others
@@ -113,14 +118,14 @@ def literal(node):
 
 
 def read_config(path):
-    """(name, value, "file:line") of each assignment in a config file. Raises ValueError where it holds anything else."""
+    """(name, value, "file:line") of each assignment in a config file. Raises UserError where it holds anything else."""
     try:
         with tokenize.open(path) as file:
             source = file.read()
         body = ast.parse(source).body
     except (OSError, SyntaxError, ValueError, LookupError, RecursionError, MemoryError) as error:  # LookupError: rot13 is no encoding of text
         reason = error.strerror if isinstance(error, OSError) else f"line {getattr(error, 'lineno', '?')}: {error.args[0]}"
-        raise ValueError(f"config file {path}: {reason}") from None
+        raise UserError(f"config file {path}: {reason}") from None
     for i, node in enumerate(body):
         docstring = i == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         plain = isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
@@ -128,7 +133,7 @@ def read_config(path):
             continue
         value = literal(node.value) if plain else NotImplemented
         if value is NotImplemented:
-            raise ValueError(f"{path}:{node.lineno}: a config file holds only lines `name = literal`, "
+            raise UserError(f"{path}:{node.lineno}: a config file holds only lines `name = literal`, "
                              f"not `{source.splitlines()[node.lineno - 1].strip()}`")
         yield node.targets[0].id, value, f"{path}:{node.lineno}"
 
@@ -137,7 +142,7 @@ def known(name, defaults, where):
     if name in defaults:
         return name
     near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.5)
-    raise ValueError(f"unknown setting {where}" + (f"; did you mean {near[0]}?" if near else "; --help lists them all"))
+    raise UserError(f"unknown setting {where}" + (f"; did you mean {near[0]}?" if near else "; --help lists them all"))
 
 
 def value_of_flag(name, default, argv):
@@ -146,7 +151,7 @@ def value_of_flag(name, default, argv):
     if isinstance(default, bool) and (bare or argv[0].lower() not in TRUE + FALSE) or default == "auto" and bare:
         return "true"
     if bare:
-        raise ValueError(f"--{name} needs a value ({kind(default)})")
+        raise UserError(f"--{name} needs a value ({kind(default)})")
     return argv.pop(0)
 
 
@@ -161,12 +166,12 @@ def parse(where, default, text):
     if isinstance(default, bool):
         if text.lower() in TRUE + FALSE:
             return text.lower() in TRUE
-        raise ValueError(f"{where} expects {kind(default)}, got {text!r}")
+        raise UserError(f"{where} expects {kind(default)}, got {text!r}")
     try:
         value = literal(ast.parse(text.strip(), mode="eval").body)
         value = float(text) if value is NotImplemented else value  # inf
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        raise ValueError(f"{where} expects {kind(default)}, got {text!r}") from None
+        raise UserError(f"{where} expects {kind(default)}, got {text!r}") from None
     return convert(where, default, value)
 
 
@@ -178,7 +183,7 @@ def convert(where, default, value):
         return int(value)
     if type(value) is type(default) and value == value:  # nan is nobody's setting
         return value
-    raise ValueError(f"{where} expects {kind(default)}, got {value!r}")
+    raise UserError(f"{where} expects {kind(default)}, got {value!r}")
 
 
 def usage(settings, positional=""):
@@ -198,5 +203,6 @@ def usage(settings, positional=""):
         rows.append(f"  --{name}={default}".ljust(34) + "  " + comments.get(line, ""))
         last = line
     doc, script = (settings.get("__doc__") or "").strip("\n"), os.path.basename(settings["__file__"])
+    script = f"-m scripts.{script.removesuffix('.py')}" if settings.get("__package__") == "scripts" else script
     use = f"usage: python {script} [config/x.py ...] [--setting=value ...] {positional}".rstrip()
     return "\n".join([doc, "", use, "", "settings:", *rows, ""])

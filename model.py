@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nanorank.errors import UserError
+
 # ------------------------------------------------------------------------------------------------------- transformer
 
 class Attention(nn.Module):
@@ -89,7 +91,7 @@ class GPT(nn.Module):
     def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, dropout=0.0, bias=True, tied=True, mlp=True, post_norm=False):
         super().__init__()
         if min(vocab_size, block_size, n_layer, n_head, n_embd) < 1 or n_embd % n_head:
-            raise ValueError(f"n_embd={n_embd} must be a positive multiple of n_head={n_head}, and vocab_size={vocab_size}, "
+            raise UserError(f"n_embd={n_embd} must be a positive multiple of n_head={n_head}, and vocab_size={vocab_size}, "
                              f"block_size={block_size}, n_layer={n_layer} at least 1")
         self.args = dict(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                          dropout=dropout, bias=bias)
@@ -109,7 +111,7 @@ class GPT(nn.Module):
     def hidden(self, idx):
         """What the head reads: idx (B, T) int64 -> (B, T, n_embd)."""
         if idx.shape[1] > self.args["block_size"]:
-            raise ValueError(f"sequence of {idx.shape[1]} tokens, block_size is {self.args['block_size']}")
+            raise UserError(f"sequence of {idx.shape[1]} tokens, block_size is {self.args['block_size']}")
         t = self.transformer
         x = t.drop(t.wte(idx) + t.wpe(torch.arange(idx.shape[1], device=idx.device)))
         for block in t.h:
@@ -138,13 +140,13 @@ class GPT(nn.Module):
         """Continues idx (B, T) by max_new_tokens sampled tokens -> (B, T + max_new_tokens).
 
         temperature 0 takes the likeliest; top_k > 0 samples among that many; n_tokens: ids from there on (vocabulary padding) are barred.
-        Raises ValueError for logits that are not finite.
+        Raises UserError for logits that are not finite.
         """
         for _ in range(max_new_tokens):
             x = self.hidden(idx[:, -self.args["block_size"]:])
             logits = self.lm_head(x[:, -1])[:, :n_tokens].float()  # (B, n_tokens)
             if not logits.isfinite().all():
-                raise ValueError("its logits are not finite: weights that are damaged, or overflow")
+                raise UserError("its logits are not finite: weights that are damaged, or overflow")
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
@@ -172,7 +174,7 @@ def head_loss(x, weight, targets, rows=1024):
 
 
 def load_gpt(checkpoint, dropout=0.0):
-    """The GPT of a checkpoint dict, ours or nanoGPT's. Raises ValueError where parts are missing or shapes do not fit."""
+    """The GPT of a checkpoint dict, ours or nanoGPT's. Raises UserError where parts are missing or shapes do not fit."""
     return load_as(GPT, checkpoint, "not a GPT checkpoint of ours or nanoGPT's", dropout=dropout)
 
 # ------------------------------------------------------------------------------------------------ Vision Transformer
@@ -181,10 +183,10 @@ VIT_SIZES = {"Ti": (12, 3, 192), "S": (12, 6, 384), "B": (12, 12, 768), "L": (24
 
 
 def vit_size(name):
-    """The arguments of ViT that a name such as "S/16" stands for. Raises ValueError for one that it does not know."""
+    """The arguments of ViT that a name such as "S/16" stands for. Raises UserError for one that it does not know."""
     size, _, patch = name.partition("/")
     if size not in VIT_SIZES or not patch.isdecimal() or not int(patch):
-        raise ValueError(f"ViT {name!r}: expects a size and a patch side in pixels, as S/16; sizes: {', '.join(VIT_SIZES)}")
+        raise UserError(f"ViT {name!r}: expects a size and a patch side in pixels, as S/16; sizes: {', '.join(VIT_SIZES)}")
     return dict(zip(("n_layer", "n_head", "n_embd"), VIT_SIZES[size]), patch_size=int(patch))
 
 
@@ -199,12 +201,12 @@ class ViT(nn.Module):
                  pool="gap", positions="sincos2d"):
         super().__init__()
         if min(n_classes, image_size, patch_size, n_layer, n_head, n_embd) < 1 or n_embd % n_head:
-            raise ValueError(f"n_embd={n_embd} must be a positive multiple of n_head={n_head}, and n_classes={n_classes}, "
+            raise UserError(f"n_embd={n_embd} must be a positive multiple of n_head={n_head}, and n_classes={n_classes}, "
                              f"image_size={image_size}, patch_size={patch_size}, n_layer={n_layer} at least 1")
         if image_size % patch_size:
-            raise ValueError(f"image_size={image_size} must be a multiple of patch_size={patch_size}")
+            raise UserError(f"image_size={image_size} must be a multiple of patch_size={patch_size}")
         if pool not in ("gap", "cls") or positions not in ("sincos2d", "learned"):
-            raise ValueError(f"pool={pool}, positions={positions}: expects gap or cls, sincos2d or learned")
+            raise UserError(f"pool={pool}, positions={positions}: expects gap or cls, sincos2d or learned")
         self.args = dict(n_classes=n_classes, image_size=image_size, patch_size=patch_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                          dropout=dropout, drop_path=drop_path, bias=bias, pool=pool, positions=positions)
         side = image_size // patch_size
@@ -227,7 +229,7 @@ class ViT(nn.Module):
         """What is pooled for the head: images (B, 3, image_size, image_size) -> (B, T, n_embd), the class token first where there is one."""
         a, t = self.args, self.transformer
         if images.shape[1:] != (3, a["image_size"], a["image_size"]):
-            raise ValueError(f"images of shape {tuple(images.shape[1:])}, the model's are (3, {a['image_size']}, {a['image_size']})")
+            raise UserError(f"images of shape {tuple(images.shape[1:])}, the model's are (3, {a['image_size']}, {a['image_size']})")
         x = t.patch(images).flatten(2).transpose(1, 2)
         x = x + (t.wpe.weight if a["positions"] == "learned" else self.sincos2d)
         if a["pool"] == "cls":
@@ -255,7 +257,7 @@ def sincos2d(side, n_embd):
     """Fixed positions (side * side, n_embd) of a square grid, row by row: a quarter each of sin x, cos x, sin y, cos y at wavelengths
     from 2 pi to 10,000 times that (Chen et al. 2021, MoCo v3)."""
     if n_embd % 4 or n_embd < 8:
-        raise ValueError(f"n_embd={n_embd} must be a multiple of 4, at least 8, for sincos2d positions")
+        raise UserError(f"n_embd={n_embd} must be a multiple of 4, at least 8, for sincos2d positions")
     frequency = 10_000.0 ** -torch.linspace(0, 1, n_embd // 4, dtype=torch.float64)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     x, y = (z.flatten()[:, None] * frequency for z in (x, y))
@@ -264,7 +266,7 @@ def sincos2d(side, n_embd):
 
 def load_vit(checkpoint, image_size=0, dropout=0.0, drop_path=0.0):
     """The ViT of a checkpoint dict of ours, for images of another size where one is given (fixed positions alone allow it).
-    Raises ValueError where parts are missing or shapes do not fit."""
+    Raises UserError where parts are missing or shapes do not fit."""
     size = {"image_size": image_size} if image_size else {}
     return load_as(ViT, checkpoint, "not a ViT checkpoint of ours, or one of another shape", dropout=dropout, drop_path=drop_path, **size)
 
@@ -300,12 +302,12 @@ def init_std(model, name, p):
 
 
 def load_as(kind, checkpoint, refusal, **changes):
-    """A model of class `kind` from a checkpoint dict, some of its arguments changed. Raises ValueError(refusal and reason)."""
+    """A model of class `kind` from a checkpoint dict, some of its arguments changed. Raises UserError(refusal and reason)."""
     args = checkpoint.get("model_args") if isinstance(checkpoint, dict) else None
     if isinstance(args, dict) and ("vocab_size" in args) != (kind is GPT) and {"vocab_size", "n_classes"} & set(args):
-        raise ValueError(f"{refusal} (it is a {'GPT' if 'vocab_size' in args else 'ViT'})")
+        raise UserError(f"{refusal} (it is a {'GPT' if 'vocab_size' in args else 'ViT'})")
     if isinstance(checkpoint, dict) and not isinstance(checkpoint.get("config") or {}, dict):
-        raise ValueError(f"{refusal} (its config is no dict of settings)")
+        raise UserError(f"{refusal} (its config is no dict of settings)")
     try:
         state = {name.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod."): p
                  for name, p in checkpoint["model"].items() if not name.endswith(".attn.bias")}  # old nanoGPT's mask
@@ -315,15 +317,15 @@ def load_as(kind, checkpoint, refusal, **changes):
         model.load_state_dict(state)
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{refusal} ({type(error).__name__}: {reason})") from None
+        raise UserError(f"{refusal} ({type(error).__name__}: {reason})") from None
     bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
     if bad:
-        raise ValueError(f"{bad} holds NaN or inf")
+        raise UserError(f"{bad} holds NaN or inf")
     return model
 
 
 def check_size(args, state):
-    """Raises ValueError where a checkpoint's model_args are no counts, or describe a model of more parameters than its state dict holds:
+    """Raises UserError where a checkpoint's model_args are no counts, or describe a model of more parameters than its state dict holds:
     otherwise a few bytes could ask for any amount of memory."""
     counts = {name: args[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "n_classes", "image_size", "patch_size")
               if name in args}
@@ -333,7 +335,7 @@ def check_size(args, state):
         least = get("n_layer") * get("n_embd")**2 + rows * get("n_embd")
         if get("n_layer") <= len(state) and least <= max(held, 2**24) and get("image_size", 0) <= 2**14:
             return
-    raise ValueError(f"model_args describe more than the {len(state)} tensors of {held:,} numbers that it holds, or are no counts: "
+    raise UserError(f"model_args describe more than the {len(state)} tensors of {held:,} numbers that it holds, or are no counts: "
                      + ", ".join(f"{name}={str(x)[:20]}" for name, x in counts.items()))
 
 # ------------------------------------------------------------------------------------------- weight decay and optimizers
@@ -346,13 +348,13 @@ GROUP_OF = {"attn": (".attn.c_attn.weight", ".attn.c_proj.weight"),
 def decay_groups(model, attn_wd, mlp_wd, embed_wd):
     """The parameters in four groups, [{"name", "params", "weight_decay"}]: attn, mlp, embed, and none for norms and biases.
 
-    Every parameter is in exactly one; tied weights count once. Raises ValueError for a matrix that GROUP_OF does not place.
+    Every parameter is in exactly one; tied weights count once. Raises UserError for a matrix that GROUP_OF does not place.
     """
     groups = {"attn": [], "mlp": [], "embed": [], "none": []}
     for name, p in model.named_parameters():
         homes = ["none"] if p.ndim < 2 else [group for group, ends in GROUP_OF.items() if name.endswith(ends)]
         if len(homes) != 1:
-            raise ValueError(f"parameter {name} belongs to {len(homes)} weight-decay groups: give it one in model.GROUP_OF")
+            raise UserError(f"parameter {name} belongs to {len(homes)} weight-decay groups: give it one in model.GROUP_OF")
         groups[homes[0]].append(p)
     placed = [id(p) for params in groups.values() for p in params]
     assert sorted(placed) == sorted({id(p) for p in model.parameters()}), "weight-decay groups must partition the parameters"
@@ -389,12 +391,12 @@ def make_optimizers(groups, name, lr, beta1, beta2, eps, momentum, device_type):
     if name == "muon":
         matrices, rest = [g for g in groups if g["name"] in ("attn", "mlp")], [g for g in groups if g["name"] in ("embed", "none")]
         return [torch.optim.Muon(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(rest, **adam)]
-    raise ValueError(f"--optimizer={name}: expects adamw, adam, sgd or muon")
+    raise UserError(f"--optimizer={name}: expects adamw, adam, sgd or muon")
 
 
 def load_optimizers(optimizers, saved, path):
     """Takes up the saved state dicts (a list, or the one of a single optimizer) under this command line's hyperparameters;
-    lr is the step's. Raises ValueError naming `path` where they are not of these optimizers and parameters, or not finite."""
+    lr is the step's. Raises UserError naming `path` where they are not of these optimizers and parameters, or not finite."""
     try:
         for opt, state in zip(optimizers, saved if len(optimizers) > 1 else [saved], strict=True):
             for old, new in zip(state["param_groups"], opt.param_groups):
@@ -402,11 +404,11 @@ def load_optimizers(optimizers, saved, path):
             opt.load_state_dict(state)
             if len({frozenset(moments) for moments in opt.state.values()}) > 1 or len(opt.state) not in (
                     0, sum(len(group["params"]) for group in opt.param_groups)):  # 0: saved before its first step
-                raise ValueError("not all parameters have the same moments")
+                raise UserError("not all parameters have the same moments")
             for p, moments in opt.state.items():
                 for name, x in moments.items():
                     shape = tuple(x.shape) if isinstance(x, torch.Tensor) else () if x is None or type(x) in (int, float) else str(x)[:50]
                     if shape not in ((), tuple(p.shape)) or isinstance(x, torch.Tensor) and not x.isfinite().all():
-                        raise ValueError(f"{name} of a parameter {tuple(p.shape)} is {shape}, or not finite")
+                        raise UserError(f"{name} of a parameter {tuple(p.shape)} is {shape}, or not finite")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: its optimizer's state does not fit the model ({type(error).__name__}: {str(error)[:200]})") from None
+        raise UserError(f"{path}: its optimizer's state does not fit the model ({type(error).__name__}: {str(error)[:200]})") from None

@@ -40,11 +40,13 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from batches import check_crc32, read_meta
-from common import StopSignal, input_errors, save_json, writing
 from configurator import configure
-from text_files import CHUNK, OVERLONG, find_files, need, read_chunks
-from workers import NAMED, add_bad, bad_line, check_range, check_size, only_process, read_json, refuse_other, reopen, run_in_order
+from nanorank.console import StopSignal
+from nanorank.errors import UserError, user_errors
+from nanorank.files import save_json, writing
+from nanorank.shards import NAMED, add_bad, bad_line, check_range, check_size, only_process, read_json, refuse_other, reopen, run_in_order
+from nanorank.text_files import CHUNK, OVERLONG, find_files, need, read_chunks
+from nanorank.tokens import check_crc32, read_meta
 
 try:
     from orjson import loads  # half the time of json, 5 % of the whole; what it refuses goes to json
@@ -79,7 +81,7 @@ EOT = "<|endoftext|>"
 
 def main():
     """Makes this process's part of the data set, and its meta.json once all parts are there."""
-    with input_errors("prepare_pile.py"):
+    with user_errors("prepare_pile.py"):
         made_with = check_settings()
         folder = os.path.join(data_dir, dataset if dataset != "auto" else "python" if source == "python" else "pile")
         if os.path.exists(os.path.join(folder, "meta.json")):
@@ -110,12 +112,12 @@ def main():
 
 
 def check_settings():
-    """The settings that the ids depend on. Raises ValueError for values that make no sense."""
+    """The settings that the ids depend on. Raises UserError for values that make no sense."""
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-        raise ValueError(f"--val_fraction={val_fraction}, --test_fraction={test_fraction}: expects shares that leave some to train")
+        raise UserError(f"--val_fraction={val_fraction}, --test_fraction={test_fraction}: expects shares that leave some to train")
     check_range(globals(), num_shards=1, shard_index=0, shard_tokens=1, max_document_mb=1, workers=0)
     if shard_index >= num_shards:
-        raise ValueError(f"--shard_index={shard_index}: expects 0 to {num_shards - 1} with --num_shards={num_shards}")
+        raise UserError(f"--shard_index={shard_index}: expects 0 to {num_shards - 1} with --num_shards={num_shards}")
     auto = {"tokenizer": "byte" if source == "python" else "gpt2"} if tokenizer == "auto" else {}
     return {name: globals()[name] for name in MADE_WITH} | auto
 
@@ -129,7 +131,7 @@ def find_all_files():
     found = [file for file in find_files(source) if file.split not in splits and os.path.realpath(file.path) not in paths]
     files = apart(given + sorted(found, key=lambda file: not file.split))
     if not files or files[-1].split:
-        raise ValueError(f"--source={source}: no files are left for the train split")
+        raise UserError(f"--source={source}: no files are left for the train split")
     print(f"{len(files)} files, {sum(file.size for file in files) / 1e6:,.1f} MB; " + ", ".join(
         f"{split}: " + (f"{n} of the files" if (n := sum(file.split == split for file in files)) else f"{share:.1%} of documents by hash")
         for split, share in shares(files).items() if split != "train"), flush=True)
@@ -184,30 +186,30 @@ def encode_chunk(chunk, tokenizer, dtype, share, text_key, max_bytes):
 
 
 def text_of(record, kind, text_key, max_bytes):
-    """The text of a record, as str and as UTF-8. Raises ValueError with the reason why it has none."""
+    """The text of a record, as str and as UTF-8. Raises UserError with the reason why it has none."""
     if record == OVERLONG:
-        raise ValueError("longer than --max_document_mb")
+        raise UserError("longer than --max_document_mb")
     try:
         text = record if kind == "parquet" else record.decode() if kind == "txt" else parse(record)
     except UnicodeDecodeError:
-        raise ValueError("invalid UTF-8") from None
+        raise UserError("invalid UTF-8") from None
     except (ValueError, RecursionError):
-        raise ValueError("broken JSON") from None
+        raise UserError("broken JSON") from None
     if kind == "jsonl":
         if not isinstance(text, dict):
-            raise ValueError("not a JSON object")
+            raise UserError("not a JSON object")
         if text_key not in text:
-            raise ValueError(f"no key {text_key!r}")
+            raise UserError(f"no key {text_key!r}")
         text = text[text_key]
     if not isinstance(text, str):
-        raise ValueError(f"{text_key!r} is not a string")
+        raise UserError(f"{text_key!r} is not a string")
     try:
         utf8 = text.encode()
     except UnicodeEncodeError:  # lone surrogates
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         utf8 = text.encode()
     if len(utf8) > max_bytes:
-        raise ValueError("longer than --max_document_mb")
+        raise UserError("longer than --max_document_mb")
     return text, utf8
 
 
@@ -219,19 +221,19 @@ def parse(line):
 
 
 def vocabulary(name):
-    """(vocabulary size, end-of-text id) of a tokenizer. Raises ValueError that says how to supply a missing one."""
+    """(vocabulary size, end-of-text id) of a tokenizer. Raises UserError that says how to supply a missing one."""
     if name == "byte":
         return 257, 256
     tiktoken = need("tiktoken", f"--tokenizer={name}")
     if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"--tokenizer={name}: expects byte, {', '.join(sorted(tiktoken.list_encoding_names()))}")
+        raise UserError(f"--tokenizer={name}: expects byte, {', '.join(sorted(tiktoken.list_encoding_names()))}")
     try:
         enc = tiktoken.get_encoding(name)
     except Exception as error:  # of requests, or a ValueError for a file that came damaged
-        raise ValueError(f"tiktoken cannot fetch {name}'s vocabulary ({type(error).__name__}); offline, set TIKTOKEN_CACHE_DIR to a "
+        raise UserError(f"tiktoken cannot fetch {name}'s vocabulary ({type(error).__name__}); offline, set TIKTOKEN_CACHE_DIR to a "
                          "folder that a machine with network has filled so, or take --tokenizer=byte") from None
     if EOT not in enc.special_tokens_set:
-        raise ValueError(f"--tokenizer={name} has no {EOT}, which ends documents here")
+        raise UserError(f"--tokenizer={name} has no {EOT}, which ends documents here")
     return enc.n_vocab, enc.eot_token
 
 
@@ -317,7 +319,7 @@ class Part:
             "settings": made_with, "done": False, "file": 0, "chunk": 0, "sizes": 0, "bad_records": {},
             "splits": {split: {"tokens": 0, "documents": 0, "files": []} for split in SPLITS}}
         if self.record["sizes"] != self.sizes():
-            raise ValueError(f"files of --source={source} that were read already have changed: delete {folder} to begin anew")
+            raise UserError(f"files of --source={source} that were read already have changed: delete {folder} to begin anew")
         self.name_full_files()
         for split, shard in self.shards():
             path, size = os.path.join(folder, shard["name"]), shard["tokens"] * np.dtype(dtype).itemsize
@@ -402,7 +404,7 @@ def merge(folder, made_with, about):
     if not any(split["documents"] for split in meta["splits"].values()):
         for path in paths:  # so that another try may have other settings
             os.unlink(path)
-        raise ValueError(f"no documents in --source={source}{bad}")
+        raise UserError(f"no documents in --source={source}{bad}")
     check_files(folder, meta, "copy it again")
     save_json(os.path.join(folder, "meta.json"), meta)
     print(f"{folder} is finished: {totals(meta)}{bad}")

@@ -20,14 +20,32 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from batches import TokenSplit, hash64, prefetch
-from common import StopSignal, all_sum, init_dist, input_errors, load, peak_flops, pick_dtype, print0, save, save_json, time_left
 from configurator import configure, current
-from families import attention_layers
 from model import GPT, decay_groups, init_weights, load_gpt, load_optimizers, make_optimizers
-from runs import check_nan, check_resume, check_settings, end, find_run, lock_run, make_data, parse_steps, read_steps, run_errors, start_log, stopped
-from spectra import summary
-from tasks import TASKS, TaskSplit
+from nanorank.console import StopSignal, print0, time_left
+from nanorank.device import all_sum, init_dist, peak_flops, pick_dtype
+from nanorank.errors import UserError, user_errors
+from nanorank.families import attention_layers
+from nanorank.files import load_pt, save_json, save_pt
+from nanorank.rng import hash64
+from nanorank.run import (
+    ROOT,
+    check_nan,
+    check_resume,
+    check_settings,
+    end,
+    find_run,
+    lock_run,
+    make_data,
+    parse_steps,
+    read_steps,
+    run_errors,
+    start_log,
+    stopped,
+)
+from nanorank.spectra import summary
+from nanorank.tasks import TASKS, TaskSplit
+from nanorank.tokens import TokenSplit, prefetch
 
 # --------------------------------------------------------------------------------------------------------------- settings
 # run
@@ -95,7 +113,7 @@ def open_data(world):
         return {split: TaskSplit(dataset, split, block_size) for split in ("train", "val", "test")}
     folder = os.path.join(data_dir, dataset)
     if dataset == "python":
-        make_data(folder, "prepare_pile.py", "--source=python", f"--dataset={dataset}", f"--data_dir={data_dir}")
+        make_data(folder, os.path.join(ROOT, "prepare_pile.py"), "--source=python", f"--dataset={dataset}", f"--data_dir={data_dir}")
     if world.size > 1:
         dist.barrier()
     return {split: TokenSplit(folder, split, block_size) for split in ("train", "val", "test")}
@@ -122,7 +140,7 @@ def get_lr(step):
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
 @torch.no_grad()
-@input_errors(os.path.basename(__file__), every_process=True)  # of damaged data
+@user_errors(os.path.basename(__file__), every_process=True)  # of damaged data
 def evaluate(model, split, world, autocast, stop, rows=None):
     """{"loss": mean loss in nats per target} over `rows` evenly spaced rows of a split (all by default), over all processes;
     for tasks {"acc": fraction of targets that are the likeliest token} too.
@@ -158,7 +176,7 @@ def evaluate(model, split, world, autocast, stop, rows=None):
 @run_errors(__file__)
 def main():
     script = os.path.basename(__file__)
-    with input_errors(script):
+    with user_errors(script):
         stop = StopSignal()
         world = init_dist(device)
         first = world.rank == 0
@@ -176,11 +194,11 @@ def main():
         # model: a fresh one, the same on any device and number of processes, or one from disk
         if resume or init_from not in ("scratch", "auto"):
             path = latest if resume else os.path.join(init_from, "ckpt.pt") if os.path.isdir(init_from) else init_from
-            checkpoint = load(path)
+            checkpoint = load_pt(path)
             try:
                 model = load_gpt(checkpoint, dropout)
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+                raise UserError(f"{path}: {error}") from None
         else:
             model = GPT(vocab_size or -(-meta["vocab_size"] // 64) * 64, block_size, n_layer, n_head, n_embd, dropout, bias, tied, mlp, post_norm)
             init_weights(model, seed)
@@ -188,7 +206,7 @@ def main():
             check_resume(checkpoint, latest, script, settings, SAME_ON_RESUME, FREE_ON_RESUME, data["train"].fingerprint(), max_iters)
         for what, needed in (("vocab_size", meta["vocab_size"]), ("block_size", block_size)):
             if model.args[what] < needed:
-                raise ValueError(f"the model's {what} is {model.args[what]}, this data set and --block_size need {needed}")
+                raise UserError(f"the model's {what} is {model.args[what]}, this data set and --block_size need {needed}")
         shape = {"tied": True, "mlp": True, "post_norm": False, **model.args, "block_size": block_size}  # what runs, whatever the flags of
         # an --init_from=PATH say
         model.to(world.device)
@@ -204,15 +222,15 @@ def main():
 
     if eval_only:
         result = whole_splits(fast, data, world, autocast, stop)
-        with input_errors(script):
+        with user_errors(script):
             if not math.isfinite(result["val_loss"] + result["test_loss"]):
-                raise ValueError(f"{path}: its loss is not finite: weights that are damaged, or overflow {amp}")
+                raise UserError(f"{path}: its loss is not finite: weights that are damaged, or overflow {amp}")
         if first:
             save_json(os.path.join(out_dir, "eval.json"), {**settings, **shape, **result})
         return end(world)
 
     # optimizer and what else a resumed run takes up
-    with input_errors(script):
+    with user_errors(script):
         groups = decay_groups(model, attn_wd, mlp_wd, embed_wd)
         optimizers = make_optimizers(groups, optimizer, learning_rate, beta1, beta2, eps, momentum, world.device.type)
         scaler = torch.amp.GradScaler(world.device.type, enabled=amp == torch.float16)
@@ -249,7 +267,7 @@ def main():
         """Everything a run needs to go on from the top of `step`, in nanoGPT's dict."""
         if first:
             states = [opt.state_dict() for opt in optimizers]
-            save(latest, {"model": model.state_dict(), "optimizer": states if len(states) > 1 else states[0], "model_args": model.args,
+            save_pt(latest, {"model": model.state_dict(), "optimizer": states if len(states) > 1 else states[0], "model_args": model.args,
                           "iter_num": step, "best_val_loss": best_val_loss, "config": settings, "scaler": scaler.state_dict(),
                           "decay": decay, "seconds": seconds, "log_bytes": log_bytes, "wandb_id": log.wandb_id,
                           "data": data["train"].fingerprint()})
@@ -286,7 +304,7 @@ def main():
         if number:
             stopped(world, number, f"at step {step}, saved {latest}", log)
         if step in snapshots and first:
-            save(os.path.join(out_dir, f"step_{step:07d}.pt"),
+            save_pt(os.path.join(out_dir, f"step_{step:07d}.pt"),
                  {"model": model.state_dict(), "model_args": model.args, "iter_num": step, "config": settings})
         if rank_due and first:
             ranks = summary(attention_layers(model.state_dict(), model.args["n_head"]))
@@ -311,7 +329,7 @@ def main():
             torch.manual_seed(hash64(hash64(hash64(seed) + step) + world.rank) >> 1)  # so there is nothing to save for resume
         loss = torch.zeros((), device=world.device)
         for micro in range(accumulation):
-            with input_errors(script, every_process=True):
+            with user_errors(script, every_process=True):
                 x, y = next(stream)
             travel = micro == accumulation - 1  # gradients are averaged over processes once a step
             with contextlib.nullcontext() if travel or world.size == 1 else parallel.no_sync():

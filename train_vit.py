@@ -24,15 +24,32 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from augment import flips, mix, rand_augment, random_crops, resize
-from batches import hash64, prefetch, shuffled
-from common import StopSignal, all_sum, init_dist, input_errors, load, peak_flops, pick_dtype, print0, save, save_json, time_left
 from configurator import configure, current
-from families import attention_layers
-from images import ImageSplit, centre_crops
 from model import ViT, decay_groups, init_weights, load_optimizers, load_vit, make_optimizers, vit_size
-from runs import check_nan, check_resume, check_settings, end, find_run, lock_run, make_data, parse_steps, read_steps, run_errors, start_log, stopped
-from spectra import summary
+from nanorank.augment import flips, mix, rand_augment, random_crops, resize
+from nanorank.console import StopSignal, print0, time_left
+from nanorank.device import all_sum, init_dist, peak_flops, pick_dtype
+from nanorank.errors import UserError, user_errors
+from nanorank.families import attention_layers
+from nanorank.files import load_pt, save_json, save_pt
+from nanorank.images import ImageSplit, centre_crops
+from nanorank.rng import hash64, shuffled
+from nanorank.run import (
+    check_nan,
+    check_resume,
+    check_settings,
+    end,
+    find_run,
+    lock_run,
+    make_data,
+    parse_steps,
+    read_steps,
+    run_errors,
+    start_log,
+    stopped,
+)
+from nanorank.spectra import summary
+from nanorank.tokens import prefetch
 
 # --------------------------------------------------------------------------------------------------------------- settings
 # run
@@ -111,7 +128,7 @@ def open_data(world):
     """{split: ImageSplit}. The embedded data set is made on first use; any other must be there."""
     folder = os.path.join(data_dir, dataset)
     if dataset == "digits":
-        make_data(folder, "prepare_imagenet.py", "--source=digits", f"--dataset={dataset}", f"--data_dir={data_dir}")
+        make_data(folder, "-m", "scripts.prepare_imagenet", "--source=digits", f"--dataset={dataset}", f"--data_dir={data_dir}")
     if world.size > 1:
         dist.barrier()
     return {split: ImageSplit(folder, split) for split in ("train", "val", "test")}
@@ -161,20 +178,20 @@ def get_lr(step, steps):
 
 
 def check_images(world):
-    """Raises ValueError naming the setting, its value and the fix."""
+    """Raises UserError naming the setting, its value and the fix."""
     check_settings(current(globals()), world)
     if eval_resize < image_size:
-        raise ValueError(f"--eval_resize={eval_resize} must be at least --image_size={image_size}, which is cut out of it")
+        raise UserError(f"--eval_resize={eval_resize} must be at least --image_size={image_size}, which is cut out of it")
     if (mixup or cutmix) and batch_size % 2:
-        raise ValueError(f"--batch_size={batch_size} must be even: mixup and CutMix take images in pairs")
+        raise UserError(f"--batch_size={batch_size} must be even: mixup and CutMix take images in pairs")
     if not 0 < crop_area <= 1 or not 1 <= crop_ratio <= 100 or flip > 1 or randaug_magnitude > 10:
-        raise ValueError(f"--crop_area={crop_area} (0 to 1), --crop_ratio={crop_ratio} (1 to 100), --flip={flip} (0 to 1), "
+        raise UserError(f"--crop_area={crop_area} (0 to 1), --crop_ratio={crop_ratio} (1 to 100), --flip={flip} (0 to 1), "
                          f"--randaug_magnitude={randaug_magnitude} (0 to 10): one is out of its range")
 
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
 @torch.no_grad()
-@input_errors(os.path.basename(__file__), every_process=True)  # of damaged data
+@user_errors(os.path.basename(__file__), every_process=True)  # of damaged data
 def evaluate(model, split, world, autocast, stop, images=None):
     """{"loss", "acc", "top5"} over `images` evenly spaced images of a split (all by default), over all processes: mean cross-entropy in
     nats, and the shares of images whose class is the likeliest and among the five likeliest. Each image counts exactly once.
@@ -214,7 +231,7 @@ def evaluate(model, split, world, autocast, stop, images=None):
 @run_errors(__file__)
 def main():
     script = os.path.basename(__file__)
-    with input_errors(script):
+    with user_errors(script):
         stop = StopSignal()
         world = init_dist(device)
         first = world.rank == 0
@@ -233,11 +250,11 @@ def main():
         # model: a fresh one, the same on any device and number of processes, or one from disk
         if resume or init_from not in ("scratch", "auto"):
             path = latest if resume else os.path.join(init_from, "ckpt.pt") if os.path.isdir(init_from) else init_from
-            checkpoint = load(path)
+            checkpoint = load_pt(path)
             try:
                 model = load_vit(checkpoint, image_size, dropout, drop_path)
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+                raise UserError(f"{path}: {error}") from None
         else:
             own = {name: globals()[name] for name in ("patch_size", "n_layer", "n_head", "n_embd") if globals()[name]}
             model = ViT(len(meta["classes"]), image_size, dropout=dropout, drop_path=drop_path, bias=bias, pool=pool, positions=positions,
@@ -247,11 +264,11 @@ def main():
             check_resume(checkpoint, latest, script, settings, SAME_ON_RESUME, FREE_ON_RESUME, data["train"].fingerprint(), steps)
         trained = (checkpoint.get("config") or {}).get("standardize", standardize) if resume or init_from not in ("scratch", "auto") else standardize
         if trained != standardize:
-            raise ValueError(f"{path} was trained on pixels with --standardize={trained}: give the same flag")
+            raise UserError(f"{path} was trained on pixels with --standardize={trained}: give the same flag")
         if standardize and not min(meta["std"]) > 0:
-            raise ValueError(f"--standardize: a channel of {os.path.join(data_dir, dataset)} is constant, its deviation in meta.json is 0")
+            raise UserError(f"--standardize: a channel of {os.path.join(data_dir, dataset)} is constant, its deviation in meta.json is 0")
         if model.args["n_classes"] != len(meta["classes"]):
-            raise ValueError(f"the model has {model.args['n_classes']} classes, {os.path.join(data_dir, dataset)} has {len(meta['classes'])}")
+            raise UserError(f"the model has {model.args['n_classes']} classes, {os.path.join(data_dir, dataset)} has {len(meta['classes'])}")
         shape = model.args  # what runs, whatever the flags of an --init_from=PATH say
         model.to(world.device)
 
@@ -266,15 +283,15 @@ def main():
 
     if eval_only:
         result = whole_splits(fast, data, world, autocast, stop)
-        with input_errors(script):
+        with user_errors(script):
             if not math.isfinite(result["val_loss"] + result["test_loss"]):
-                raise ValueError(f"{path}: its loss is not finite: weights that are damaged, or overflow {amp}")
+                raise UserError(f"{path}: its loss is not finite: weights that are damaged, or overflow {amp}")
         if first:
             save_json(os.path.join(out_dir, "eval.json"), {**settings, **shape, **result})
         return end(world)
 
     # optimizer and what else a resumed run takes up
-    with input_errors(script):
+    with user_errors(script):
         groups = decay_groups(model, attn_wd, mlp_wd, embed_wd)
         optimizers = make_optimizers(groups, optimizer, learning_rate, beta1, beta2, eps, momentum, world.device.type)
         scaler = torch.amp.GradScaler(world.device.type, enabled=amp == torch.float16)
@@ -309,7 +326,7 @@ def main():
         """Everything a run needs to go on from the top of `step`, in nanoGPT's dict."""
         if first:
             states = [opt.state_dict() for opt in optimizers]
-            save(latest, {"model": model.state_dict(), "optimizer": states if len(states) > 1 else states[0], "model_args": model.args,
+            save_pt(latest, {"model": model.state_dict(), "optimizer": states if len(states) > 1 else states[0], "model_args": model.args,
                           "iter_num": step, "best_val_loss": best_val_loss, "config": settings, "scaler": scaler.state_dict(),
                           "decay": decay, "seconds": seconds, "log_bytes": log_bytes, "wandb_id": log.wandb_id,
                           "data": data["train"].fingerprint()})
@@ -346,7 +363,7 @@ def main():
         if number:
             stopped(world, number, f"at step {step}, saved {latest}", log)
         if step in snapshots and first:
-            save(os.path.join(out_dir, f"step_{step:07d}.pt"),
+            save_pt(os.path.join(out_dir, f"step_{step:07d}.pt"),
                  {"model": model.state_dict(), "model_args": model.args, "iter_num": step, "config": settings})
         if rank_due and first:
             ranks = summary(attention_layers(model.state_dict(), model.args["n_head"]))
@@ -371,7 +388,7 @@ def main():
             torch.manual_seed(hash64(hash64(hash64(seed) + step) + world.rank) >> 1)  # so there is nothing to save for resume
         loss = torch.zeros((), device=world.device)
         for micro in range(accumulation):
-            with input_errors(script, every_process=True):
+            with user_errors(script, every_process=True):
                 images, targets = augment(*next(stream), sample_numbers(step, micro, world), meta)
             travel = micro == accumulation - 1  # gradients are averaged over processes once a step
             with contextlib.nullcontext() if travel or world.size == 1 else parallel.no_sync():

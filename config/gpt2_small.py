@@ -4,7 +4,7 @@ Not run yet: no GPU has been at hand. Coupled against decoupled decay, some 3 de
 
     python prepare_pile.py --source=packages --dataset=packages
     python train_lm.py config/gpt2_small.py --attn_wd=0 --mlp_wd=3.5 --out_dir=out/gpt2_small-0
-    python sweep.py --configs=config/gpt2_small.py --grid="attn_wd+mlp_wd=0:3.5,3.5:3.5" --out_dir=out/gpt2_small
+    python -m scripts.sweep --configs=config/gpt2_small.py --grid="attn_wd+mlp_wd=0:3.5,3.5:3.5" --out_dir=out/gpt2_small
     python analyze.py out/gpt2_small/*/ckpt.pt --out_dir=out/gpt2_small/heads
 """
 dataset = "packages"

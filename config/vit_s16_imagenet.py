@@ -1,7 +1,7 @@
 """
 ViT-S/16 on ImageNet-1k by the plain baseline of Beyer, Zhai, Kolesnikov 2022 (arXiv 2205.01580; big_vision's configs/vit_s16_i1k.py).
 
-    python prepare_imagenet.py                                                              # once; the hub's gated ILSVRC/imagenet-1k
+    python -m scripts.prepare_imagenet                                                              # once; the hub's gated ILSVRC/imagenet-1k
     torchrun --nproc_per_node=8 train_vit.py config/vit_s16_imagenet.py                     # coupled decay, as published
     torchrun --nproc_per_node=8 train_vit.py config/vit_s16_imagenet.py --attn_wd=0 --out_dir=out/vit-s16-0
 

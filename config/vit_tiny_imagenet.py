@@ -1,7 +1,7 @@
 """
 A ViT of 1.2 M parameters on Tiny ImageNet's 64 x 64 pictures in patches of 8, over decay of attention alone (P1's F3b in the small):
 
-    python prepare_imagenet.py --source=tiny_imagenet.tar --short_side=64 --dataset=tiny_imagenet
+    python -m scripts.prepare_imagenet --source=tiny_imagenet.tar --short_side=64 --dataset=tiny_imagenet
     for wd in 0 2 6 20; do python train_vit.py config/vit_tiny_imagenet.py --attn_wd=$wd --out_dir=out/vit-tiny/$wd; done
     python analyze.py out/vit-tiny/*
 

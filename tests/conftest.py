@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train_lm
-from images import RECORD
+from nanorank.images import RECORD
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # as in the subprocesses: sums in the same order, so runs can be compared to the bit

@@ -10,10 +10,10 @@ import torch
 from conftest import one_line_exit_2, script
 
 import analyze
-import figures
-from checkpoints import Checkpoint
-from families import attention_layers
 from model import GPT, init_weights, load_gpt
+from nanorank.checkpoints import Checkpoint
+from nanorank.families import attention_layers
+from nanorank.figures import heads as figures
 
 ARGS = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 3, "n_embd": 24, "dropout": 0.0, "bias": True}
 
@@ -213,7 +213,7 @@ def test_singular_values_are_written(tmp_path, run):
         assert all(row[name] == s[name] for name in ("layer", "head", "product"))
         values = [float(s[f"s{i}"]) for i in range(1, 9)]
         assert sum(values) == pytest.approx(float(row["nuclear"])) and values == sorted(values, reverse=True)
-    for name in ("heads", "f4", "heatmap", "spectra"):
+    for name in ("heads", "nuclear_norm", "heatmap", "spectra"):
         assert os.path.getsize(tmp_path / "out" / f"{name}.png") > 10_000 and os.path.getsize(tmp_path / "out" / f"{name}.pdf") > 5_000
 
 
@@ -356,15 +356,15 @@ def test_the_command_line_itself(tmp_path):
     save(tmp_path / "a.pt")
     done = script("analyze.py", tmp_path / "a.pt", f"--out_dir={tmp_path / 'out'}")
     assert done.returncode == 0 and "layer 1 ov" in done.stdout, done.stderr
-    assert script("figures.py", "heads", tmp_path / "out" / "heads.csv").stdout.strip().endswith("heads.png")
-    one_line_exit_2(script("sample.py", tmp_path / "a.pt", "--tokenizer=byte", "--prompt=abc"), "vocabulary of 64")
+    assert script("-m", "scripts.figures", "heads", tmp_path / "out" / "heads.csv").stdout.strip().endswith("heads.png")
+    one_line_exit_2(script("-m", "scripts.sample", tmp_path / "a.pt", "--tokenizer=byte", "--prompt=abc"), "vocabulary of 64")
 
 
 def test_sample_prints_text(train, tmp_path, data_dir):
     train(tmp_path / "a", max_iters=2)
-    done = script("sample.py", tmp_path / "a", "--prompt=def f(", "--max_new_tokens=20", "--num_samples=2")
+    done = script("-m", "scripts.sample", tmp_path / "a", "--prompt=def f(", "--max_new_tokens=20", "--num_samples=2")
     assert done.returncode == 0 and done.stdout.count("def f(") == 2, done.stderr
-    assert script("sample.py", tmp_path / "a", "--prompt=def f(", "--max_new_tokens=20", "--num_samples=2").stdout == done.stdout
+    assert script("-m", "scripts.sample", tmp_path / "a", "--prompt=def f(", "--max_new_tokens=20", "--num_samples=2").stdout == done.stdout
 
 
 def test_figure_of_what_is_not_a_heads_csv(tmp_path):

@@ -8,8 +8,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 from sklearn.datasets import load_sample_images
 
-import augment
-from augment import beta, flips, mix, rand_augment, random_crops, resize, uniform
+from nanorank import augment
+from nanorank.augment import flips, mix, rand_augment, random_crops, resize
+from nanorank.rng import beta, uniform
 
 PHOTOS = load_sample_images().images  # two of 427 x 640
 GREY = (128, 128, 128)

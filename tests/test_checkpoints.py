@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from checkpoints import Checkpoint, expand, open_all, run_of
-from families import attention_layers, find_attention, left_out
 from model import GPT, init_weights
+from nanorank.checkpoints import Checkpoint, expand, open_all, run_of
+from nanorank.families import attention_layers, find_attention, left_out
 
 ARGS = {"vocab_size": 64, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 16, "dropout": 0.0, "bias": True}
 

@@ -7,8 +7,8 @@ import inspect
 import pytest
 import torch
 
-from checkpoints import Checkpoint
-from families import find_attention
+from nanorank.checkpoints import Checkpoint
+from nanorank.families import find_attention
 
 transformers = pytest.importorskip("transformers")
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}

@@ -17,7 +17,7 @@ from conftest import REPO, TINY, assert_same_weights, environment, flags, load, 
 
 import train_lm
 import train_vit
-from runs import RunLog
+from nanorank.run import RunLog
 
 PROBE = "mount -t tmpfs -o size=1m probe /mnt && umount /mnt"
 

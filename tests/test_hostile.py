@@ -7,24 +7,24 @@ import pathlib
 import pickle
 import zipfile
 
-import hostile
 import numpy as np
 import pytest
 import torch
 from conftest import write_data
 from test_prepare import prepare  # noqa: F401  (its fixture)
+from trials import hostile
 
 import analyze
-import sample
 import train_lm
-from batches import TokenSplit
-from checkpoints import Checkpoint, open_all
-from common import load
 from configurator import configure, one_line
-from families import AttentionLayer
-from images import ImageSplit
 from model import GPT, init_weights, load_gpt, load_optimizers, make_optimizers
-from spectra import summary
+from nanorank.checkpoints import Checkpoint, open_all
+from nanorank.families import AttentionLayer
+from nanorank.files import load_pt
+from nanorank.images import ImageSplit
+from nanorank.spectra import summary
+from nanorank.tokens import TokenSplit
+from scripts import sample
 
 ARGS = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32, "dropout": 0.0, "bias": False}
 Q = "transformer.h.0.attn.c_attn.weight"
@@ -44,7 +44,7 @@ def refused(tmp_path):
         path.write_bytes(what) if isinstance(what, bytes) else torch.save(what, path)
         for mmap in (False, True):
             with pytest.raises(ValueError) as error:
-                load(str(path), mmap=mmap)
+                load_pt(str(path), mmap=mmap)
             message = str(error.value)
             assert "x.pt" in message and "\n" not in message and all(word in message for word in words), message
         assert not (tmp_path / "canary").exists()
@@ -69,7 +69,7 @@ def test_files_without_checksums_load(tmp_path):
         torch.save(content(), tmp_path / "a.pt")
     finally:
         torch.serialization.set_crc32_options(True)
-    assert load(str(tmp_path / "a.pt"), mmap=True)["iter_num"] == 3
+    assert load_pt(str(tmp_path / "a.pt"), mmap=True)["iter_num"] == 3
 
 
 def test_zips_that_lie(tmp_path, refused):
@@ -182,12 +182,12 @@ def test_weights_that_overflow_end_the_run_before_they_are_saved(train, tmp_path
     with pytest.raises(SystemExit) as stop:
         train(tmp_path / "a", eval_interval=4, max_iters=20)
     assert stop.value.code == 1 and "c_attn.weight holds NaN or inf at step 12; the last good checkpoint" in capsys.readouterr().err
-    assert load(str(tmp_path / "a" / "ckpt.pt"))["iter_num"] == 8
+    assert load_pt(str(tmp_path / "a" / "ckpt.pt"))["iter_num"] == 8
 
 
 def test_a_resumed_state_that_lacks_or_lies(train, tmp_path, capsys):
     train(tmp_path / "a", max_iters=2)
-    raw = load(str(tmp_path / "a" / "ckpt.pt"))
+    raw = load_pt(str(tmp_path / "a" / "ckpt.pt"))
     for name, x in (("decay", {"deep": 1.0}), ("seconds", math.nan), ("log_bytes", -5), ("optimizer", "x"), ("config", {"seed": torch.ones(3)}),
                     ("iter_num", 10**30), ("wandb_id", None)):
         torch.save({**raw, name: x}, tmp_path / "a" / "ckpt.pt")
@@ -214,7 +214,7 @@ def test_an_id_met_late_keeps_the_checkpoint(tmp_path):
     _, work, _ = hostile.late_id(tmp_path)
     outcome = hostile.attempt(work, str(tmp_path))
     assert hostile.judge(outcome, "late_data") == "refused", outcome
-    assert load(str(tmp_path / "late" / "ckpt.pt"))["iter_num"] == 10
+    assert load_pt(str(tmp_path / "late" / "ckpt.pt"))["iter_num"] == 10
 
 
 def test_a_flipped_bit_of_data_is_seen(tmp_path):
@@ -283,7 +283,7 @@ def test_files_of_images_have_their_names(tmp_path):
 def test_an_evaluation_that_is_not_finite_is_refused(train, tmp_path, capsys):
     """Weights that are finite and overflow: a file without checksums, a bit of an exponent flipped."""
     train(tmp_path / "a", max_iters=0)
-    raw = load(str(tmp_path / "a" / "ckpt.pt"))
+    raw = load_pt(str(tmp_path / "a" / "ckpt.pt"))
     raw["model"]["transformer.h.1.mlp.c_fc.weight"][:] = 3e38
     torch.save(raw, tmp_path / "b.pt")
     with pytest.raises(SystemExit) as stop:

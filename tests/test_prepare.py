@@ -17,8 +17,8 @@ import pytest
 import tiktoken
 
 import prepare_pile
-import text_files
-from batches import TokenSplit, crc32, read_meta
+from nanorank import text_files
+from nanorank.tokens import TokenSplit, crc32, read_meta
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 WORDS = "the of and in there then here other heat rate in\n the  \n\n\tthen é 中文 😀 he's 123 1,000 <|other|> a_b \u00a0 x=y;".split(" ")

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import image_files
-import prepare_imagenet
-from batches import crc32
-from images import RECORD
+from nanorank import image_files
+from nanorank.images import RECORD
+from nanorank.tokens import crc32
+from scripts import prepare_imagenet
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 fork = multiprocessing.get_context("fork")
@@ -584,6 +584,6 @@ def test_wrong_settings(prepare, tmp_path, monkeypatch, settings, line):
 
 def test_command_line(tmp_path):
     """As the trainer starts it."""
-    done = subprocess.run([sys.executable, REPO / "prepare_imagenet.py", "--source=digits", "--dataset=d", f"--data_dir={tmp_path}"], cwd=tmp_path,
+    done = subprocess.run([sys.executable, "-m", "scripts.prepare_imagenet", "--source=digits", "--dataset=d", f"--data_dir={tmp_path}"], cwd=REPO,
                           capture_output=True, text=True)
     assert done.returncode == 0 and "is finished: train 1,240 images, val 207 images, test 350 images of 10 classes" in done.stdout, done

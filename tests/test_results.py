@@ -41,7 +41,7 @@ def sweep_means(name, metric="test_ppl"):
 
 def test_t1():
     """Every cell of the table, and the differences to coupled decay with their intervals."""
-    text, means = section("T1"), sweep_means("t1")
+    text, means = section("T1"), sweep_means("wd_grid")
     table = {}
     for line in re.findall(r"^\| (?:0|0\.4|1\.2|4) \| [\d.]+ \|.*$", text, re.M):
         attn, _, *cells = numbers(line)
@@ -49,7 +49,7 @@ def test_t1():
     assert table.keys() == means.keys()
     for at, (mean, sd) in table.items():
         assert (mean, sd) == (round(means[at][0], 3), round(means[at][1], 2)), at
-    paired = {float(row["mlp_wd"]): row for row in rows("t1/paired.csv") if float(row["attn_wd"]) == 0}
+    paired = {float(row["mlp_wd"]): row for row in rows("wd_grid/paired.csv") if float(row["attn_wd"]) == 0}
     stated = [numbers(line) for line in re.findall(r"^\| [\d.]+ \| \*?\*?[−+][\d.]+\*?\*? \| [^|]+to[^|]+\|$", text, re.M)]
     assert stated == [[wd, *(round(float(row[name]), 2) for name in ("difference", "low", "high"))] for wd, row in paired.items()]
 
@@ -81,7 +81,7 @@ def test_pile():
 
 
 def test_n3():
-    growth = {(row["optimizer"], float(row["learning_rate"]), float(row["attn_wd"])): float(row["norm_growth"]) for row in rows("n3/sweep.csv")}
+    growth = {(row["optimizer"], float(row["learning_rate"]), float(row["attn_wd"])): float(row["norm_growth"]) for row in rows("norm_growth/sweep.csv")}
     stated = {}
     for name, line in re.findall(r"^\| (AdamW|SGD) ([^\n]+)$", section("N3"), re.M):
         lr, *cells = line.strip("| ").split(" | ")

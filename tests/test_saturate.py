@@ -11,9 +11,9 @@ from test_model import gpt, hugging_face, tokens
 from torch import nn
 from torch.nn import functional as F
 
-import saturate
 from model import GPT, Attention, ViT, init_weights, load_gpt
-from saturate import Heads, Net, alike, exponent, open_heads, our_net, scaled, scaling, states, weights_of, wrap_hugging_face
+from scripts import saturate
+from scripts.saturate import Heads, Net, alike, exponent, open_heads, our_net, scaled, scaling, states, weights_of, wrap_hugging_face
 
 CPU = torch.device("cpu")
 
@@ -377,7 +377,7 @@ def test_bad_input_is_one_line(tmp_path, run, data_dir, capsys):
             run(*(tmp_path / path for path in paths), **{"data_dir": str(data_dir), **settings})
         lines = capsys.readouterr().err.strip().splitlines()
         assert end.value.code == 2 and len(lines) == 1 and words in lines[0], (paths, settings, lines)
-    one_line_exit_2(script("saturate.py", tmp_path / "bare.pt", f"--out_dir={tmp_path}"), "saturate.py:", "bare.pt", "no model_args")
+    one_line_exit_2(script("-m", "scripts.saturate", tmp_path / "bare.pt", f"--out_dir={tmp_path}"), "saturate.py:", "bare.pt", "no model_args")
 
 # ----------------------------------------------------------------------------------------------------------- post_norm
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-import spectra
-from spectra import gaussian_nuclear, measure, metrics, ov_factors, qk_factors, singular_values, summary, svd
+from nanorank import spectra
+from nanorank.spectra import gaussian_nuclear, measure, metrics, ov_factors, qk_factors, singular_values, summary, svd
 
 d, r = 96, 16
 

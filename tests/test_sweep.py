@@ -17,7 +17,7 @@ import time
 import pytest
 from conftest import REPO, TINY, environment, flags, load, one_line_exit_2, script
 
-import sweep
+from scripts import sweep
 
 SMALL = {**TINY, "n_layer": 1, "n_embd": 16, "max_iters": 4, "warmup_iters": 1, "rank_interval": 2, "eval_interval": 2}
 SMALL.pop("attn_wd")
@@ -140,7 +140,7 @@ def test_collect_marks_what_is_missing(swept, tmp_path, data_dir):
 
 def test_folder_of_other_settings_is_refused(swept, data_dir):
     """As a user runs it: one line, exit 2, nothing on stdout."""
-    result = script("sweep.py", *flags(**settings_of(swept[0], data_dir, max_iters=5)), "--dry_run")
+    result = script("-m", "scripts.sweep", *flags(**settings_of(swept[0], data_dir, max_iters=5)), "--dry_run")
     one_line_exit_2(result, "attn_wd=0,mlp_wd=1,seed=1", "result.json", "max_iters was 4, is 5")
     assert result.stdout == ""
 
@@ -149,7 +149,7 @@ def test_folder_of_other_settings_is_refused(swept, data_dir):
 def test_stopped_saves_and_goes_on(tmp_path, data_dir):
     """SIGTERM reaches the trainer, which saves; exit 143, the waiting cell is not begun; the same command goes on where it was."""
     settings = settings_of(tmp_path, data_dir, "attn_wd=0,1", max_iters=1000, rank_interval=0, eval_interval=1000, eval_iters=1)
-    process = subprocess.Popen([sys.executable, "sweep.py", *flags(**settings)], cwd=REPO, env=environment(), stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, "-m", "scripts.sweep", *flags(**settings)], cwd=REPO, env=environment(), stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     log = tmp_path / "attn_wd=0" / "log.jsonl"
     for _ in range(600):
@@ -267,7 +267,8 @@ def test_table_lines():
 @pytest.mark.slow
 def test_failed_cell_shows_in_figures_not_as_a_number(swept, tmp_path):
     """All figures of a sweep with missing runs; and a CSV without a finished one is none."""
-    import figures
+    from nanorank.figures import sweep as figures
+    from scripts.figures import everything
     for name in ("sweep.csv", "curves.csv"):
         shutil.copy(swept[0] / name, tmp_path)
     lines = (tmp_path / "sweep.csv").read_text().splitlines()
@@ -275,10 +276,10 @@ def test_failed_cell_shows_in_figures_not_as_a_number(swept, tmp_path):
     missing = ["attn_wd=1,mlp_wd=3,seed=1", "missing", "1.0", "3.0", "1"]
     assert names[:5] == ["cell", "status", "attn_wd", "mlp_wd", "seed"]
     (tmp_path / "sweep.csv").write_text("\n".join([*lines, f'"{missing[0]}",' + ",".join(missing[1:]) + "," * (len(names) - 5)]) + "\n")
-    assert [os.path.basename(path) for path in figures.sweep(str(tmp_path))] == ["t1.png", "f3a.png", "f3b.png", "over_training.png"]
-    for path in ("t1.png", "f3a.png", "f3b.png", "over_training.png", "t1.pdf"):
+    assert [os.path.basename(path) for path in figures.sweep(str(tmp_path))] == ["wd_grid.png", "rank_by_layer.png", "mean_rank.png", "over_training.png"]
+    for path in ("wd_grid.png", "rank_by_layer.png", "mean_rank.png", "over_training.png", "wd_grid.pdf"):
         assert (tmp_path / path).stat().st_size > 5000
     (tmp_path / "sweep.csv").write_text("\n".join([lines[0], f'"{missing[0]}",' + ",".join(missing[1:]) + "," * (len(names) - 5)]) + "\n")
     assert figures.sweep(str(tmp_path)) == []
-    drawn, left = figures.everything(str(tmp_path.parent / tmp_path.name))
-    assert any("f3a.png stays as it is" in line for line in left)
+    drawn, left = everything(str(tmp_path.parent / tmp_path.name))
+    assert any("rank_by_layer.png stays as it is" in line for line in left)

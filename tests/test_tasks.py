@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import assert_same_weights, load, one_line_exit_2, script, signalled_in_step
 
-import figures
-import tasks
 from model import GPT, decay_groups, init_weights, load_gpt
-from tasks import KEYS, TASKS, VALUES, TaskSplit
+from nanorank import tasks
+from nanorank.figures import theory as figures
+from nanorank.tasks import KEYS, TASKS, VALUES, TaskSplit
 
 RECALL = {"dataset": "recall", "mlp": False, "n_head": 1, "block_size": 16, "batch_size": 16, "total_batch_size": 32}
 
@@ -95,8 +95,8 @@ def test_loss_and_accuracy_are_those_of_the_saved_model(train, tmp_path):
 def test_f2_is_drawn_from_run_folders(train, tmp_path):
     for wd in (0.0, 1.0):
         train(tmp_path / str(wd), **RECALL, attn_wd=wd, max_iters=10)
-    assert figures.f2(str(tmp_path)) == str(tmp_path / "f2.png") and (tmp_path / "f2.png").stat().st_size > 10_000
-    one_line_exit_2(script("figures.py", "f2", tmp_path / "0.0"), "no finished run")
+    assert figures.recall(str(tmp_path)) == str(tmp_path / "recall.png") and (tmp_path / "recall.png").stat().st_size > 10_000
+    one_line_exit_2(script("-m", "scripts.figures", "recall", tmp_path / "0.0"), "no finished run")
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from conftest import REPO, TINY, assert_same_weights, environment, flags, load, 
 
 import train_lm
 from model import load_gpt
-from runs import parse_steps
+from nanorank.run import parse_steps
 
 
 def test_import_set_main(train, tmp_path):
@@ -25,7 +25,7 @@ def test_import_set_main(train, tmp_path):
 def test_losses_are_those_of_the_saved_model(train, tmp_path, data_dir):
     """Train loss of the last step and whole-split test loss, computed again from scratch."""
     result = train(tmp_path, max_iters=5, log_interval=1, snapshot_steps="4")
-    from batches import TokenSplit
+    from nanorank.tokens import TokenSplit
     x, y = TokenSplit(str(data_dir / "text"), "train", 32).sample(train_lm.seed, 4 * 4, 4)
     loss = load_gpt(load(tmp_path / "step_0000004.pt"))(torch.tensor(x), torch.tensor(y))[1].item()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

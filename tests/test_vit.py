@@ -13,8 +13,8 @@ from conftest import REPO, assert_same_weights, environment, flags, load, one_li
 from torch.nn import functional as F
 
 import train_vit
-from images import RECORD, ImageSplit, centre_crops
 from model import VIT_SIZES, Block, ViT, decay_groups, init_weights, load_vit, sincos2d, vit_size
+from nanorank.images import RECORD, ImageSplit, centre_crops
 
 SHAPE = {"n_classes": 5, "image_size": 32, "patch_size": 8, "n_layer": 3, "n_head": 4, "n_embd": 32}
 
@@ -204,7 +204,7 @@ def test_rectangles_are_those_of_the_arrays(image_dir):
     (256, 341, 256, 224), (375, 500, 256, 224), (40, 33, 32, 32), (12, 90, 16, 14), (64, 64, 64, 64)])
 def test_centre_crops_are_pillows(height, width, resize, size):
     """The whole image resized, then cut, as torchvision does it, against the piece that is read and resized alone."""
-    from augment import resize as batched
+    from nanorank.augment import resize as batched
     Image = pytest.importorskip("PIL.Image")
     array = np.random.default_rng(0).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
     image = Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC)
@@ -257,7 +257,7 @@ def test_damaged_folders_are_refused(image_dir, tmp_path):
         (folder / name).unlink() if changed is None else (folder / name).write_bytes(changed)
         with pytest.raises(ValueError, match=word):
             ImageSplit(str(folder), "train")
-    with pytest.raises(ValueError, match="prepare_imagenet.py --source=digits"):
+    with pytest.raises(ValueError, match="scripts.prepare_imagenet --source=digits"):
         ImageSplit(str(tmp_path / "digits"), "train")
     with pytest.raises(ValueError, match="no extra images"):
         ImageSplit(str(image_dir / "pictures"), "extra")
@@ -324,7 +324,7 @@ def test_two_processes_are_one(train, tmp_path, image_dir):
 
 def test_evaluation_is_what_the_saved_model_says_image_by_image(train, tmp_path, image_dir):
     result = train(tmp_path, max_iters=3, batch_size=4, image_size=16, eval_resize=18)
-    from augment import resize
+    from nanorank.augment import resize
     split, model = ImageSplit(str(image_dir / "pictures"), "test"), load_vit(load(tmp_path / "ckpt.pt")).eval()
     loss, hits = 0.0, np.zeros(2)
     for i in range(split.n_images):
@@ -389,7 +389,7 @@ def test_defaults_are_the_recipes():
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"dataset": "nowhere"}, ["prepare_imagenet.py --source=YOUR_IMAGES --dataset=nowhere"]), ({"batch_size": 3}, ["--total_batch_size=4", "3 * 1"]),
+    ({"dataset": "nowhere"}, ["scripts.prepare_imagenet --source=YOUR_IMAGES --dataset=nowhere"]), ({"batch_size": 3}, ["--total_batch_size=4", "3 * 1"]),
     ({"batch_size": 1}, ["--batch_size=1 must be even"]), ({"eval_resize": 8}, ["--eval_resize=8"]), ({"variant": "H/14"}, ["'H/14'"]),
     ({"patch_size": 5}, ["patch_size=5"]), ({"crop_area": 2.0}, ["--crop_area=2.0"]), ({"drop_path": 1.0}, ["--drop_path=1.0"]),
     ({"pool": "max"}, ["pool=max"]), ({"init_from": "resume"}, ["ckpt.pt"]), ({"label_smoothing": 1.0}, ["--label_smoothing=1.0"]),
@@ -437,5 +437,5 @@ def test_the_demo_config_reaches_what_it_says(tmp_path):
 
 
 def test_the_command_line_itself(tmp_path):
-    one_line_exit_2(script("train_vit.py", "--dataset=nowhere", f"--out_dir={tmp_path}"), "prepare_imagenet.py --source=YOUR_IMAGES")
+    one_line_exit_2(script("train_vit.py", "--dataset=nowhere", f"--out_dir={tmp_path}"), "scripts.prepare_imagenet --source=YOUR_IMAGES")
     one_line_exit_2(script("train_vit.py", "--atn_wd=0"), "did you mean attn_wd")

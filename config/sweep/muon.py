@@ -1,0 +1,12 @@
+"""
+Does Muon show what AdamW shows? Decay of attention under Muon (blocks' matrices; AdamW for the rest), T1's model and steps, 3 seeds, 9 runs.
+
+    python -m scripts.sweep config/sweep/muon.py --jobs=2
+"""
+configs = "config/demo.py"
+fixed = """
+    --n_head=2 --n_embd=64 --learning_rate=4e-3 --min_lr=4e-4 --warmup_iters=40 --max_iters=400
+    --rank_interval=40 --eval_interval=100 --snapshot_steps="" --embed_wd=0.1 --optimizer=muon
+"""
+grid = "attn_wd=0,1.2,4; mlp_wd=1.2; seed=1,2,3"
+out_dir = "out/sweep_muon"

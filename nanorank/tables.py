@@ -1,0 +1,36 @@
+"""
+CSV tables through pandas, for every script but the trainers.
+
+    heads = read_csv("out/demo/heads.csv", ["layer", "head", "product"])    # a DataFrame
+    write_csv("out/demo/heads.csv", rows)                                   # rows: dicts, or a DataFrame
+"""
+import pandas as pd
+
+from nanorank.errors import UserError
+from nanorank.files import write_atomic
+
+
+def read_csv(path, columns=()):
+    """The table in a CSV file as a DataFrame, every digit kept; empty cells are NaN.
+
+    Raises UserError that names the file where it cannot be read, has no rows or lacks one of `columns`.
+    """
+    try:
+        table = pd.read_csv(path, float_precision="round_trip")
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        raise UserError(f"{path}: {error}") from None
+    missing = [name for name in columns if name not in table]
+    if missing or table.empty:
+        raise UserError(f"{path}: no rows, or no column {missing[0] if missing else ''}")
+    return table
+
+
+def write_csv(path, rows):
+    """Writes rows (a list of dicts, or a DataFrame) as CSV, whole or not at all. Returns the path.
+
+    Columns stand in the order in which they first appear; numbers are written as Python prints them.
+    """
+    table = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows, dtype=object)
+    text = table.to_csv(index=False, lineterminator="\n")
+    write_atomic(path, lambda file: file.write(text.encode()))
+    return path
