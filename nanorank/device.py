@@ -113,3 +113,8 @@ def peak_flops(device, dtype):
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best, f"{n} x {n} GEMM measured here"
+
+
+def pick_device(device="auto"):
+    """The torch.device of --device=auto|cpu|cuda|cuda:1|mps. Raises UserError for one that is not there."""
+    return init_dist(device).device
