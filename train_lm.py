@@ -1,56 +1,39 @@
 """
-Trains a GPT on data/NAME/ with attention decayed apart from the rest, and logs the rank of its attention products.
+Trains a GPT with attention decayed apart from the rest, and logs the rank of its attention products.
 
     python train_lm.py config/demo.py --attn_wd=0              # small, any machine, data made on first use
-    python train_lm.py --batch_size=8                          # 1 GPU
+    python train_lm.py                                         # 1 GPU
     torchrun --nproc_per_node=8 train_lm.py --attn_wd=0.0      # 8 GPUs
-    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --nproc_per_node=8 train_lm.py --batch_size=8    # one line a node
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --nproc_per_node=8 train_lm.py    # one line a node
 
-The defaults are the settings that P1 publishes (Kobayashi et al. 2024, arXiv 2410.23819, language models): marked "P1" below.
-What P1 leaves open is ours and says so. Writes OUT_DIR/ckpt.pt, step_*.pt, log.jsonl, result.json and source/.
-SIGTERM or Ctrl-C finishes the step and saves; --init_from=resume goes on, to the bit on a CPU.
+The defaults are the language-model settings that Kobayashi et al. 2024 (arXiv 2410.23819) publish, marked
+"paper" below. What they leave open is our choice, marked "ours".
+
+Writes OUT_DIR/ckpt.pt, step_*.pt, log.jsonl, result.json and source/. SIGTERM or Ctrl-C finishes the step
+and saves; --init_from=resume goes on, to the bit on a CPU.
 """
-import contextlib
+import itertools
 import math
 import os
-import time
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import configure, current
-from model import GPT, decay_groups, init_weights, load_gpt, load_optimizers, make_optimizers
-from nanorank.console import StopSignal, print0, time_left
-from nanorank.device import all_sum, init_dist, peak_flops, pick_dtype
-from nanorank.errors import UserError, user_errors
-from nanorank.families import attention_layers
-from nanorank.files import load_pt, save_json, save_pt
-from nanorank.rng import hash64
-from nanorank.run import (
-    ROOT,
-    check_nan,
-    check_resume,
-    check_settings,
-    end,
-    find_run,
-    lock_run,
-    make_data,
-    parse_steps,
-    read_steps,
-    run_errors,
-    start_log,
-    stopped,
-)
-from nanorank.spectra import summary
+from model import GPT, decay_groups, init_weights, load_gpt, make_optimizers
+from nanorank.distributed import all_sum, exit_codes
+from nanorank.errors import UserError
+from nanorank.flops import flops_per_token
+from nanorank.run import Run
+from nanorank.run_folder import make_data
 from nanorank.tasks import TASKS, TaskSplit
 from nanorank.tokens import TokenSplit, prefetch
+from nanorank.watch import attention_ranks, group_norms
 
-# --------------------------------------------------------------------------------------------------------------- settings
+# -----------------------------------------------------------------------------
 # run
 out_dir = "out/lm"              # folder of the run
-init_from = "scratch"           # scratch, resume (out_dir/ckpt.pt), auto (resume where there is one), or the PATH of a checkpoint
+init_from = "scratch"           # scratch, resume (out_dir/ckpt.pt), auto (resume if it is there), or a PATH
 overwrite = False               # let scratch start over in an out_dir that holds a run
 eval_only = False               # evaluate whole val and test splits, write eval.json, end
 seed = 1337                     # of initialisation, data order and dropout
@@ -58,325 +41,232 @@ device = "auto"                 # auto, cpu, cuda, mps
 dtype = "auto"                  # autocast: auto (bfloat16 where a GPU has it), float32, bfloat16, float16
 compile = "auto"                # torch.compile: auto (on CUDA), true, false
 # data
-dataset = "pile"                # data/NAME, as prepare_pile.py makes it, or a task of tasks.py (recall); P1: the Pile
+dataset = "pile"                # data/NAME of prepare_pile.py, or a task (recall); paper: the Pile
 data_dir = "data"               # where NAME is
-total_batch_size = 128          # sequences per optimizer step over all processes; P1: 128
-batch_size = 16                 # sequences per process and micro-step; accumulation follows: total / (batch_size * processes)
-block_size = 756                # context in tokens; P1: 756
+total_batch_size = 128          # sequences per optimizer step over all processes; paper: 128
+batch_size = 16                 # most sequences per process and micro-step; accumulation follows
+block_size = 756                # context in tokens; paper: 756
 # model
 n_layer = 12                    # ours, GPT-2 small
 n_head = 12                     # ours, GPT-2 small
 n_embd = 768                    # ours, GPT-2 small
 dropout = 0.0                   # ours
 mlp = True                      # False: blocks of attention alone; ours
-post_norm = False               # True: norms behind each sum, x = ln(x + f(x)), instead of x + f(ln(x)); ours
+post_norm = False               # True: x = ln(x + f(x)) instead of x + f(ln(x)); ours
 bias = False                    # biases in linear layers and norms; ours
 tied = True                     # head and token embedding share weights; ours, as GPT-2
-vocab_size = 0                  # 0: the tokenizer's, rounded up to a multiple of 64 (GPT-2's 50257 becomes 50304); ours
+vocab_size = 0                  # 0: the tokenizer's, rounded up to a multiple of 64 (GPT-2: 50304); ours
 # weight decay, multiplied by the learning rate (torch's AdamW); norms and biases never
 attn_wd = 0.1                   # q, k, v and output projections of attention; ours
 mlp_wd = 0.1                    # the two MLP matrices; ours
 embed_wd = 0.1                  # embeddings and head; ours, as nanoGPT decays all matrices
 # optimizer
-optimizer = "adamw"             # adamw, adam (L2 in the gradient), sgd, muon (decoupled decay but for adam); P1: adamw
-learning_rate = 1e-3            # peak; P1: 1e-3
-warmup_lr = 1e-6                # where warm-up starts; P1: 1e-6
-min_lr = 1e-4                   # where the cosine ends; P1: 10 % of the peak
-warmup_iters = 8000             # steps of linear warm-up; P1: 8000
+optimizer = "adamw"             # adamw, adam (L2 in the gradient), sgd, muon; paper: adamw
+learning_rate = 1e-3            # peak; paper: 1e-3
+warmup_lr = 1e-6                # where warm-up starts; paper: 1e-6
+min_lr = 1e-4                   # where the cosine ends; paper: 10 % of the peak
+warmup_iters = 8000             # steps of linear warm-up; paper: 8000
 max_iters = 100_000             # steps in all; ours (9.7e9 tokens)
-beta1 = 0.9                     # P1: 0.9
-beta2 = 0.95                    # P1: 0.95
-eps = 1e-8                      # P1: 1e-8
+beta1 = 0.9                     # paper: 0.9
+beta2 = 0.95                    # paper: 0.95
+eps = 1e-8                      # paper: 1e-8
 momentum = 0.95                 # of sgd and muon; ours
-grad_clip = 1.0                 # global gradient norm, 0: none; P1: 1
-# watching
+grad_clip = 1.0                 # global gradient norm, 0: none; paper: 1
+# logging
 log_interval = 10               # steps between log lines
 eval_interval = 1000            # steps between evaluations, each after saving ckpt.pt
 eval_iters = 20                 # evaluation on this many times total_batch_size fixed rows of val
 rank_interval = 1000            # steps between measurements of rank and norms, 0: none
-snapshot_steps = ""             # weights-only step_*.pt at: "100,200,400", "every:1000" or "log:20" (20 log-spaced); empty: none
+snapshot_steps = ""             # weights-only step_*.pt at "100,200,400", "every:1000", "log:20" (log-spaced)
 wandb_log = False               # log to Weights & Biases too (WANDB_MODE=offline works)
 wandb_project = "nanorank"      # its project
 wandb_run_name = ""             # empty: out_dir
+# -----------------------------------------------------------------------------
 
-# a resumed run is the same run: these must not change; the rest, but for FREE, changes only where --init_from=resume asks for it
-SAME_ON_RESUME = ("dataset", "seed", "total_batch_size", "block_size", "n_layer", "n_head", "n_embd", "mlp", "post_norm", "bias", "tied",
-                  "vocab_size", "optimizer")
-FREE_ON_RESUME = ("out_dir", "init_from", "overwrite", "eval_only", "device", "dtype", "compile", "data_dir", "batch_size", "log_interval",
-                  "eval_interval", "eval_iters", "rank_interval", "snapshot_steps", "wandb_log", "wandb_project", "wandb_run_name")
 
-# --------------------------------------------------------------------------------------------------------------- batches
-
-def open_data(world):
-    """{split: TokenSplit or TaskSplit}. The embedded data set is made on first use; any other must be there, tasks need no data."""
-    if dataset in TASKS:
+def open_data(run):
+    """{"train", "val", "test": TokenSplit or TaskSplit}. Data of the demo are made on first use."""
+    if dataset in TASKS:  # made, not read
         return {split: TaskSplit(dataset, split, block_size) for split in ("train", "val", "test")}
     folder = os.path.join(data_dir, dataset)
     if dataset == "python":
-        make_data(folder, os.path.join(ROOT, "prepare_pile.py"), "--source=python", f"--dataset={dataset}", f"--data_dir={data_dir}")
-    if world.size > 1:
-        dist.barrier()
+        flags = ["--source=python", f"--dataset={dataset}", f"--data_dir={data_dir}"]
+        make_data(folder, "prepare_pile.py", *flags)
+    run.barrier()
     return {split: TokenSplit(folder, split, block_size) for split in ("train", "val", "test")}
 
 
-def train_batches(split, world, start_step, accumulation):
-    """Inputs and targets (batch_size, block_size) on the device, micro-step by micro-step: a pure function of data, seed and step."""
-    def make(key):
-        step, micro = key
-        first = step * total_batch_size + (micro * world.size + world.rank) * batch_size
-        return split.sample(seed, first, batch_size)
+def train_batches(split, run, start):
+    """Yields x, y (batch_size, block_size), one micro-step after the other, from step `start` on.
 
-    return prefetch(make, ((step, micro) for step in range(start_step, max_iters) for micro in range(accumulation)), world.device)
+    A pure function of (data, seed, step): the same on any number of processes, and nothing to save.
+    """
+    B = run.batch_size
 
-# -------------------------------------------------------------------------------------------------------------- schedule
+    def read(key):
+        step, micro_step = key
+        first = step * total_batch_size + (micro_step * run.world_size + run.rank) * B
+        return split.sample(seed, first, B)
+
+    steps, micro_steps = range(start, max_iters), range(run.grad_accum_steps)
+    return prefetch(read, itertools.product(steps, micro_steps), run.device)
+
 
 def get_lr(step):
-    """Learning rate of step 0 ... max_iters - 1: linear from warmup_lr to the peak, then cosine to min_lr at max_iters."""
+    """Learning rate: linear warm-up from warmup_lr, then cosine to min_lr at max_iters."""
     if step < warmup_iters:
         return warmup_lr + (learning_rate - warmup_lr) * step / warmup_iters
-    done = (step - warmup_iters) / max(1, max_iters - warmup_iters)
-    return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+    decay_ratio = min(1, (step - warmup_iters) / max(1, max_iters - warmup_iters))
+    coeff = 1 + math.cos(math.pi * decay_ratio)  # from 2 to 0
+    return min_lr + (learning_rate - min_lr) * coeff / 2
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
 
 @torch.no_grad()
-@user_errors(os.path.basename(__file__), every_process=True)  # of damaged data
-def evaluate(model, split, world, autocast, stop, rows=None):
-    """{"loss": mean loss in nats per target} over `rows` evenly spaced rows of a split (all by default), over all processes;
-    for tasks {"acc": fraction of targets that are the likeliest token} too.
+def evaluate(net, split, run, n_rows=None):
+    """Mean loss in nats per target over n_rows evenly spaced rows of a split, all by default.
 
-    A signal ends the run here: whatever is evaluated was saved before.
+    Returns {"loss"}; for tasks also {"acc"}, the share of targets that are the likeliest token.
     """
-    n = min(rows or split.n_rows, split.n_rows)
-    index = np.linspace(0, split.n_rows - 1, n).round().astype(np.int64)
-    batches = -(-n // (batch_size * world.size))
-    index = np.pad(index, (0, batches * batch_size * world.size - n), constant_values=-1).reshape(batches, world.size, batch_size)
-    model.eval()
-    total, right, count, began, spoke = 0.0, 0, 0, time.monotonic(), time.monotonic()
-    for i, (x, y) in enumerate(prefetch(lambda i: split.rows(index[i, world.rank]), range(batches), world.device)):
-        if number := stop.anywhere(world):
-            stopped(world, number, "while evaluating")
-        tokens = int((y >= 0).sum())
-        if tokens:
-            with autocast:
-                total += model(x, y)[1].item() * tokens
-                if dataset in TASKS:
-                    right += int((model(x)[0].argmax(-1) == y).sum())
-            count += tokens
-        if time.monotonic() - spoke > 10:
-            spoke = time.monotonic()
-            print0(f"  evaluating: batch {i + 1} of {batches}, {time_left((spoke - began) / (i + 1) * (batches - i - 1))} left")
-    model.train()
-    total, right, count = all_sum(world, total, right, count)
-    return {"loss": total / count, **({"acc": right / count} if dataset in TASKS else {})}
+    rows = run.eval_rows(split.n_rows, n_rows)
+    batches = prefetch(split.rows, rows, run.device)
+    total_loss, n_right, n_targets = 0.0, 0, 0
+    net.eval()
+    for x, y in run.watch_eval(batches, len(rows)):
+        n = int((y >= 0).sum())  # padding has target -1
+        if n == 0:
+            continue
+        with run.autocast():
+            total_loss += net(x, y)[1].item() * n
+            if dataset in TASKS:
+                n_right += int((net(x)[0].argmax(-1) == y).sum())
+        n_targets += n
+    net.train()
+    total_loss, n_right, n_targets = all_sum(total_loss, n_right, n_targets)
+    if dataset in TASKS:
+        return {"loss": total_loss / n_targets, "acc": n_right / n_targets}
+    return {"loss": total_loss / n_targets}
 
 
-# ------------------------------------------------------------------------------------------------------------------ main
+def evaluate_all(net, data, run):
+    """Loss and perplexity of the whole val and test splits: {"val_loss", "val_ppl", "test_loss", ...}."""
+    result = {}
+    for split in ("val", "test"):
+        values = evaluate(net, data[split], run)
+        values["ppl"] = math.exp(values["loss"]) if values["loss"] < 700 else math.inf
+        result.update({f"{split}_{name}": x for name, x in values.items()})
+    run.print_values("whole splits:", result)
+    return result
 
-@run_errors(__file__)
+
+def check_fit(model, tokenizer_size):
+    """The model of a checkpoint must have room for the data's tokens and for block_size."""
+    for name, needed in (("vocab_size", tokenizer_size), ("block_size", block_size)):
+        if model.args[name] < needed:
+            raise UserError(f"the model's {name} is {model.args[name]}, this data set and --block_size "
+                            f"need {needed}")
+
+
 def main():
-    script = os.path.basename(__file__)
-    with user_errors(script):
-        stop = StopSignal()
-        world = init_dist(device)
-        first = world.rank == 0
-        check_settings(current(globals()), world)
-        amp = pick_dtype(dtype, world.device)
-        snapshots = parse_steps(snapshot_steps, max_iters)
-        lock = lock_run(out_dir, world) if not eval_only else None
-        latest, resume = find_run(out_dir, init_from, overwrite, eval_only)
-        if world.size > 1:
-            dist.barrier()  # all have looked before the first writes
-        data = open_data(world)
-        meta = data["train"].meta
-        settings = current(globals())
+    run = Run(__file__, current(globals()))      # processes, device, dtype; out_dir begun, resumed or refused
+    data = open_data(run)
+    run.check_resume(data["train"].fingerprint(), max_iters)
 
-        # model: a fresh one, the same on any device and number of processes, or one from disk
-        if resume or init_from not in ("scratch", "auto"):
-            path = latest if resume else os.path.join(init_from, "ckpt.pt") if os.path.isdir(init_from) else init_from
-            checkpoint = load_pt(path)
-            try:
-                model = load_gpt(checkpoint, dropout)
-            except ValueError as error:
-                raise UserError(f"{path}: {error}") from None
-        else:
-            model = GPT(vocab_size or -(-meta["vocab_size"] // 64) * 64, block_size, n_layer, n_head, n_embd, dropout, bias, tied, mlp, post_norm)
-            init_weights(model, seed)
-        if resume and not eval_only:
-            check_resume(checkpoint, latest, script, settings, SAME_ON_RESUME, FREE_ON_RESUME, data["train"].fingerprint(), max_iters)
-        for what, needed in (("vocab_size", meta["vocab_size"]), ("block_size", block_size)):
-            if model.args[what] < needed:
-                raise UserError(f"the model's {what} is {model.args[what]}, this data set and --block_size need {needed}")
-        shape = {"tied": True, "mlp": True, "post_norm": False, **model.args, "block_size": block_size}  # what runs, whatever the flags of
-        # an --init_from=PATH say
-        model.to(world.device)
+    # model: from scratch, or from a checkpoint (resume, or --init_from=PATH)
+    tokenizer_size = data["train"].meta["vocab_size"]
+    if run.ckpt:
+        model = load_gpt(run.ckpt, dropout, run.init_path)
+    else:
+        padded_size = vocab_size or 64 * math.ceil(tokenizer_size / 64)
+        model = GPT(padded_size, block_size, n_layer, n_head, n_embd, dropout, bias, tied, mlp, post_norm)
+        init_weights(model, seed)                # the same on any device
+    check_fit(model, tokenizer_size)
+    model.to(run.device)
 
-    # what runs: the same weights, compiled where that pays, behind DDP where there are several processes
-    if world.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
-    compiling = compile == "true" or (compile == "auto" and world.device.type == "cuda")
-    fast = torch.compile(model) if compiling else model
-    parallel = DistributedDataParallel(fast, device_ids=[world.device.index] if world.device.type == "cuda" else None,
-                                       gradient_as_bucket_view=True) if world.size > 1 else fast  # gradients live in what travels: no copy
-    autocast = torch.autocast(world.device.type, amp) if amp != torch.float32 else contextlib.nullcontext()
+    # `net` is what runs; `model` keeps clean names for checkpoints and metrics
+    net = torch.compile(model) if run.compile else model
+    if run.ddp:
+        net = DDP(net, device_ids=run.device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     if eval_only:
-        result = whole_splits(fast, data, world, autocast, stop)
-        with user_errors(script):
-            if not math.isfinite(result["val_loss"] + result["test_loss"]):
-                raise UserError(f"{path}: its loss is not finite: weights that are damaged, or overflow {amp}")
-        if first:
-            save_json(os.path.join(out_dir, "eval.json"), {**settings, **shape, **result})
-        return end(world)
+        result = evaluate_all(net, data, run)
+        return run.finish_eval({**model.args, "block_size": block_size, **result})
 
-    # optimizer and what else a resumed run takes up
-    with user_errors(script):
-        groups = decay_groups(model, attn_wd, mlp_wd, embed_wd)
-        optimizers = make_optimizers(groups, optimizer, learning_rate, beta1, beta2, eps, momentum, world.device.type)
-        scaler = torch.amp.GradScaler(world.device.type, enabled=amp == torch.float16)
-        past = {"iter_num": 0, "best_val_loss": math.inf, "seconds": 0.0, "log_bytes": 0, "wandb_id": "",
-                "decay": {g["name"]: 0.0 for g in groups}}  # decay: sum of lr * weight decay so far, by group
-        if resume:
-            past = {name: checkpoint[name] for name in past}
-            if scaler.is_enabled() and checkpoint["scaler"]:
-                scaler.load_state_dict(checkpoint["scaler"])
-            load_optimizers(optimizers, checkpoint["optimizer"], latest)
-        start, best_val_loss, seconds, decay = past["iter_num"], past["best_val_loss"], past["seconds"], dict(past["decay"])
-        checkpoint = None  # free its memory
-        log = start_log(out_dir, lock, resume, past, settings, wandb_project if wandb_log else "", wandb_run_name or out_dir) if first else None
+    # optimizer: attention, MLPs and embeddings each have their own decay; norms and biases have none
+    groups = decay_groups(model, attn_wd, mlp_wd, embed_wd)
+    optimizers = make_optimizers(groups, optimizer, learning_rate, beta1, beta2, eps, momentum,
+                                 run.device.type)
+    start, best_val_loss = run.restore(optimizers)           # 0, inf unless resuming
 
-    accumulation = total_batch_size // (batch_size * world.size)
     tokens_per_step = total_batch_size * block_size
-    flops_per_token = model.flops_per_token(block_size)
-    peak, peak_source = peak_flops(world.device, amp)
-    sum_lr = sum(get_lr(step) for step in range(start, max_iters))
-    print0("settings: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
-    print0(f"data: {data['train'].n_tokens:,} train tokens ({meta['tokenizer']}) in {data['train'].n_windows:,} windows, "
-           f"{max_iters * total_batch_size / data['train'].n_windows:.2f} epochs")
-    print0(f"batch: {batch_size} sequences * {world.size} processes * {accumulation} micro-steps = {total_batch_size} sequences "
-           f"= {tokens_per_step:,} tokens a step")
-    for g in groups:
-        print0(f"group {g['name']:5}: {len(g['params']):3} tensors, {sum(p.numel() for p in g['params']):11,} parameters, "
-               f"weight decay {g['weight_decay']:g}, {decay[g['name']] + sum_lr * g['weight_decay']:.2f} decay time constants")
-    if warmup_iters >= max_iters:
-        print0(f"note: warm-up takes {warmup_iters} steps and max_iters is {max_iters}: the learning rate ends at {get_lr(max_iters):.2e}")
-    print0(f"on {world.device}, {amp}, {'compiled' if compiling else 'eager'}; {flops_per_token:,} FLOPs a token, "
-           f"MFU against {peak / 1e12:.2f} TFLOP/s ({peak_source})")
+    flops_per_step = tokens_per_step * flops_per_token(model, block_size)
+    epochs = max_iters * total_batch_size / data["train"].n_windows
+    run.print(f"data: {data['train'].n_tokens:,} train tokens, {epochs:.2f} epochs")
+    run.banner(groups, get_lr, start, "tokens", tokens_per_step, flops_per_step)
+    batches = train_batches(data["train"], run, start)
 
-    def save_checkpoint(step, log_bytes):
-        """Everything a run needs to go on from the top of `step`, in nanoGPT's dict."""
-        if first:
-            states = [opt.state_dict() for opt in optimizers]
-            save_pt(latest, {"model": model.state_dict(), "optimizer": states if len(states) > 1 else states[0], "model_args": model.args,
-                          "iter_num": step, "best_val_loss": best_val_loss, "config": settings, "scaler": scaler.state_dict(),
-                          "decay": decay, "seconds": seconds, "log_bytes": log_bytes, "wandb_id": log.wandb_id,
-                          "data": data["train"].fingerprint()})
-
-    def report():
-        """Prints and logs the steps since the last report; ends the run where a loss or a gradient was not finite."""
-        nonlocal unread, seconds
-        step, lr = unread[-1][:2]
-        losses, norms = read_steps(unread, world, scaler, script, latest)
-        elapsed = time.perf_counter() - clock
-        seconds += elapsed
-        loss, norm = losses[-1], norms[-1]
-        speed = len(unread) * tokens_per_step / elapsed
-        mfu = speed * flops_per_token / (peak * world.size)
-        if first:
-            log(step, train_loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed, mfu=mfu)
-        print0(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, grad norm {norm:.3f}, {speed:,.0f} tokens/s, mfu {100 * mfu:.1f}%, "
-               f"{time_left((max_iters - step - 1) * elapsed / len(unread))} left")
-        unread = []
-
-    # ------------------------------------------------------------------------------------------------------------ loop
-    stream = train_batches(data["train"], world, start, accumulation)
-    unread = []  # (step, lr, loss, gradient norm) of the steps since the last report, the tensors still on the device
     for step in range(start, max_iters + 1):
-        last, number = step == max_iters, stop.anywhere(world)
-        due, rank_due = step % eval_interval == 0 or last, rank_interval and (step % rank_interval == 0 or last)
-        if due or number or rank_due or step in snapshots:
-            if unread:
-                report()  # a loss that is not finite ends the run here, before anything is saved
-            check_nan(model, world, script, step, latest)  # so does a weight
-        if due or number:
-            log_bytes = log.size() if first else 0
-            save_checkpoint(step, log_bytes)  # before anything that can fail; a resumed run does all that follows again
-        if number:
-            stopped(world, number, f"at step {step}, saved {latest}", log)
-        if step in snapshots and first:
-            save_pt(os.path.join(out_dir, f"step_{step:07d}.pt"),
-                 {"model": model.state_dict(), "model_args": model.args, "iter_num": step, "config": settings})
-        if rank_due and first:
-            ranks = summary(attention_layers(model.state_dict(), model.args["n_head"]))
-            norms = {f"norm_{g['name']}": math.hypot(*(float(p.detach().norm()) for p in g["params"])) for g in groups}
-            norm_all = math.hypot(*norms.values())
-            log(step, **ranks, norm_all=norm_all, **norms)
-            print0(f"step {step}: rank95 of W_K^T W_Q {ranks['attn_rank95_qk']:.2f}, of P W_V {ranks['attn_rank95_ov']:.2f} "
-                   f"(means over heads of width {model.args['n_embd'] // model.args['n_head']}), parameter norm {norm_all:.2f}")
-        if due:
-            val = {f"val_{name}": x for name, x in evaluate(fast, data["val"], world, autocast, stop, eval_iters * total_batch_size).items()}
-            best_val_loss = min(best_val_loss, val["val_loss"])
-            if first:
-                log(step, **val)
-            print0(f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {x:.4f}" for name, x in val.items()))
-        if last:
-            break
-        if not unread:
-            clock = time.perf_counter()  # evaluating and saving are not training time
+        last_step = step == max_iters
+        signum = run.signalled()                 # SIGTERM or Ctrl-C on any process, else 0
+        do_eval = last_step or step % eval_interval == 0
+        do_rank = rank_interval and (last_step or step % rank_interval == 0)
+        do_snapshot = step in run.snapshot_steps
 
-        # one optimizer step
-        if dropout:
-            torch.manual_seed(hash64(hash64(hash64(seed) + step) + world.rank) >> 1)  # so there is nothing to save for resume
-        loss = torch.zeros((), device=world.device)
-        for micro in range(accumulation):
-            with user_errors(script, every_process=True):
-                x, y = next(stream)
-            travel = micro == accumulation - 1  # gradients are averaged over processes once a step
-            with contextlib.nullcontext() if travel or world.size == 1 else parallel.no_sync():
-                with autocast:
-                    micro_loss = parallel(x, y)[1] / accumulation
-                scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
+        # save before evaluating: evaluation can fail, and a resumed run repeats it
+        if do_eval or do_rank or do_snapshot or signum:
+            run.check_finite(step, model)        # NaN ends the run here, before it is saved
+        if do_eval or signum:
+            run.save(step, model, optimizers, best_val_loss)
+        if signum:
+            run.stop(signum, f"at step {step}, saved {run.ckpt_path}")
+        if do_snapshot:
+            run.save_weights(step, model)
+
+        # what this repository is about: rank of W_K^T W_Q and P W_V, and norms by group
+        if do_rank and run.master_process:
+            ranks = attention_ranks(model)
+            norms = group_norms(groups)
+            run.log(step, **ranks, **norms)
+            run.print(f"step {step}: rank95 of W_K^T W_Q {ranks['attn_rank95_qk']:.2f}, of P W_V "
+                      f"{ranks['attn_rank95_ov']:.2f} (means over heads), norm {norms['norm_all']:.2f}")
+        if do_eval:
+            val = evaluate(net, data["val"], run, eval_iters * total_batch_size)
+            best_val_loss = min(best_val_loss, val["loss"])
+            run.log(step, **{f"val_{name}": x for name, x in val.items()})
+            run.print_values(f"step {step}: val", val)
+        if last_step:
+            break
+
+        # forward and backward, accumulated
+        run.begin_step(step)                     # starts the clock, seeds dropout
+        train_loss = torch.zeros((), device=run.device)
+        for micro_step in range(run.grad_accum_steps):
+            x, y = next(batches)
+            if run.ddp:                          # average gradients over processes once a step
+                net.require_backward_grad_sync = micro_step == run.grad_accum_steps - 1
+            with run.autocast():
+                loss = net(x, y)[1] / run.grad_accum_steps
+            run.scaler.scale(loss).backward()
+            train_loss += loss.detach()
+
+        # clip and step
         lr = get_lr(step)
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr
-                decay[group["name"]] += lr * group["weight_decay"]
-            scaler.unscale_(opt)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            run.scaler.unscale_(opt)             # the scaler does nothing unless dtype is float16
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         for opt in optimizers:
-            scaler.step(opt)
+            run.scaler.step(opt)
             opt.zero_grad(set_to_none=True)
-        scaler.update()
-        unread.append((step, lr, loss, norm))
-        if (step + 1) % log_interval == 0:
-            report()
+        run.scaler.update()
+        run.log_train(step, train_loss, lr, grad_norm)   # waits for the GPU every log_interval
 
-    # ---------------------------------------------------------------------------------------------------------- result
-    save_checkpoint(max_iters, log_bytes)  # once more, with the last evaluation's best_val_loss
-    result = {**settings, **shape, **whole_splits(fast, data, world, autocast, stop), "best_val_loss": best_val_loss,
-              "steps": max_iters, "tokens": max_iters * tokens_per_step, "seconds": seconds,
-              "decay_time_constants": decay["attn"], "decay_time_constants_mlp": decay.get("mlp", 0.0),
-              "decay_time_constants_embed": decay["embed"], "processes": world.size, "trained_on": str(world.device)}
-    if first:
-        log(max_iters, **{name: x for name, x in result.items() if name.startswith("test_")})
-        save_json(os.path.join(out_dir, "result.json"), result)
-    print0(f"{decay['attn']:.2f} decay time constants on attention, {time_left(seconds)} of training; "
-           f"look at it: python analyze.py {out_dir}")
-    end(world, log)
-
-
-def whole_splits(model, data, world, autocast, stop):
-    """Losses and perplexities of the whole val and test splits, for tasks accuracies too, printed and returned."""
-    result = {}
-    for split in ("val", "test"):
-        at = evaluate(model, data[split], world, autocast, stop)
-        at["ppl"] = math.exp(at["loss"]) if at["loss"] < 700 else math.inf
-        result.update({f"{split}_{name}": x for name, x in at.items()})
-    print0("whole splits: " + ", ".join(f"{name.replace('_', ' ')} {x:.4f}" for name, x in result.items()))
-    return result
+    run.save(max_iters, model, optimizers, best_val_loss)    # once more, with the last evaluation
+    result = evaluate_all(net, data, run)
+    run.finish({**model.args, "block_size": block_size, **result, "best_val_loss": best_val_loss})
 
 
 if __name__ == "__main__":
     configure(globals())
-    main()
+    with exit_codes(__file__, Run):
+        main()

@@ -1,12 +1,9 @@
 """
-What a script says and hears: lines from the first process, time left, signals.
+What a script prints, and the signals that it hears.
 """
 import os
 import signal
 import time
-
-import torch
-import torch.distributed as dist
 
 
 def print0(*args, **kwargs):
@@ -19,28 +16,30 @@ def time_left(seconds):
     """1h02m, 3m20s, 15s."""
     seconds = int(seconds)
     h, m, s = seconds // 3600, seconds // 60 % 60, seconds % 60
-    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
+    if h:
+        return f"{h}h{m:02d}m"
+    if m:
+        return f"{m}m{s:02d}s"
+    return f"{s}s"
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT; a second one ends the process at once. `signal` is the number of the first, 0 before."""
+    """Notes SIGTERM and SIGINT; a second one ends the process at once.
+
+    `signal` is the number of the first, 0 before.
+    """
 
     def __init__(self):
-        self.signal, self.time = 0, 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self.signal = 0
+        self.time = 0.0
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self.note)
 
-    def _note(self, number, frame):
-        echo = "RANK" in os.environ and time.monotonic() - self.time < 2  # torchrun hands on a Ctrl-C that we got already
+    def note(self, signum, frame):
+        # torchrun passes on a Ctrl-C that the terminal has sent us already
+        echo = "RANK" in os.environ and time.monotonic() - self.time < 2
         if self.signal and not echo:
-            os._exit(128 + number)
+            os._exit(128 + signum)
         if not self.signal:
-            self.signal, self.time = number, time.monotonic()
-
-    def anywhere(self, world):
-        """The signal that any process got, 0 for none, the same answer on all of them."""
-        if world.size == 1:
-            return self.signal
-        flag = torch.tensor(self.signal)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)  # on the CPU, through gloo: no wait for the GPU
-        return int(flag)
+            self.signal = signum
+            self.time = time.monotonic()

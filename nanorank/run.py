@@ -1,290 +1,526 @@
 """
-The life of a run folder, the same for every trainer: found or refused, resumed, logged, stopped, ended. No settings, nothing at import.
+One training run: its processes, its device and its folder. The same for every trainer.
+
+    run = Run(__file__, current(globals()))      # joins torchrun; begins, resumes or refuses out_dir
+    start, best_val_loss = run.restore(optimizers)
+    for step in range(start, max_iters + 1):
+        ...
+        run.save(step, model, optimizers, best_val_loss)
+        run.log_train(step, loss, lr, grad_norm)
+
+Model, optimizer, forward, backward and step are the trainer's own.
 """
 import contextlib
-import errno
-import glob
 import math
 import os
 import re
-import shutil
-import subprocess
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from nanorank.checkpoints import RUN_FILE
-from nanorank.console import print0
-from nanorank.device import all_sum
+from nanorank.console import StopSignal, print0, time_left
+from nanorank.device import peak_flops, pick_device, pick_dtype
+from nanorank.distributed import all_sum, init_process_group
 from nanorank.errors import UserError
-from nanorank.files import to_json, writing
+from nanorank.files import load_pt, save_json, save_pt
+from nanorank.restore import check_resumable, load_optimizers, saved_args
+from nanorank.rng import hash64
+from nanorank.run_folder import RunLog, copy_source, lock_folder, remove_leftovers
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two runs out of one folder
-    fcntl = None
+# A resumed run is the same run. The first settings must not change at all. The second may always
+# change. Any other changes only where --init_from=resume asks for it.
+SAME_ON_RESUME = (
+    "dataset", "seed", "total_batch_size", "block_size", "image_size", "standardize", "variant", "patch_size",
+    "n_layer", "n_head", "n_embd", "mlp", "post_norm", "bias", "tied", "vocab_size", "pool", "positions",
+    "optimizer",
+)
+FREE_ON_RESUME = (
+    "out_dir", "init_from", "overwrite", "eval_only", "device", "dtype", "compile", "data_dir", "batch_size",
+    "log_interval", "eval_interval", "eval_iters", "rank_interval", "snapshot_steps",
+    "wandb_log", "wandb_project", "wandb_run_name",
+)
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # where the scripts are
-LEAST_SCALE = 1e-4  # of float16's gradients; it begins at 65536 and halves with each step that is skipped: 30 in a row; ours, as fairseq's
+# float16's gradient scale starts at 65536 and halves with each skipped step: 30 in a row is hopeless
+LEAST_SCALE = 1e-4
 
 
-def is_number(x, kind=float, most=math.inf):
-    return type(x) is kind and 0 <= x < most
+RANGES = {
+    "crop_area": (1e-9, 1), "crop_ratio": (1, 100), "flip": (0, 1), "randaug_magnitude": (0, 10),
+}
 
 
-RESUMED = {  # what exact resume needs beside the weights, and what it must be
-    "config": lambda x: isinstance(x, dict) and all(type(value) in (bool, int, float, str) for value in x.values()),
-    "iter_num": lambda x: is_number(x, int, 2**31), "best_val_loss": lambda x: type(x) is float and x == x, "seconds": is_number,
-    "log_bytes": lambda x: is_number(x, int, 2**63), "wandb_id": lambda x: isinstance(x, str), "scaler": lambda x: isinstance(x, dict),
-    "decay": lambda x: isinstance(x, dict) and {"attn", "embed", "none"} <= x.keys() and all(map(is_number, x.values())),
-    "optimizer": lambda x: isinstance(x, (dict, list))}
+class Run:
+    """Joins the processes, picks device and dtype, takes out_dir, reads the checkpoint to start from.
 
-# ------------------------------------------------------------------------------------------------------- begin and resume
+    rank, world_size, master_process, ddp    where this process stands
+    device, dtype, compile                   what the model runs on
+    batch_size, grad_accum_steps             of a micro-step on this process; micro-steps a step
+    ckpt                                     dict of the checkpoint to start from, None from scratch
+    snapshot_steps, max_iters                set by check_resume
 
-def check_settings(settings, world):
-    """Raises UserError naming the setting, its value and the fix, for the settings that every trainer has."""
-    total, batch = settings["total_batch_size"], settings["batch_size"]
-    if total < 1 or batch < 1 or total % (batch * world.size):
-        raise UserError(f"--total_batch_size={total} is not a multiple of batch_size * processes = {batch} * {world.size}: change one of them")
+    Raises UserError where settings, flags or the folder do not allow what is asked.
+    """
+
+    training = False  # errors on one process alone are possible from then on
+
+    def __init__(self, script, settings):
+        self.script = os.path.basename(script)
+        self.settings = settings
+        self.out_dir = settings["out_dir"]
+        self.ckpt_path = os.path.join(self.out_dir, "ckpt.pt")
+        self.signal = StopSignal()
+        Run.training = False
+
+        self.join_processes()
+        check_settings(settings)
+        self.split_batch()
+        self.dtype = pick_dtype(settings["dtype"], self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.compile = settings["compile"] == "true"
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+            self.compile = settings["compile"] in ("auto", "true")
+
+        self.lock = None
+        if not settings["eval_only"]:
+            self.lock = self.take_folder()
+        self.resume = self.find_run()
+        self.barrier()  # every process has looked before the first one writes
+
+        self.ckpt = None
+        self.init_path = ""
+        if self.resume or settings["init_from"] not in ("scratch", "auto"):
+            self.init_path = self.ckpt_path if self.resume else ckpt_path(settings["init_from"])
+            self.ckpt = load_pt(self.init_path)
+
+        self.log_file = None     # only the master process has one
+        self.unread = []         # (step, loss, lr, grad norm) since the last report, tensors on the device
+        self.saved_step = -1
+        self.seconds = 0.0       # of training, over all resumes
+
+    # ------------------------------------------------------------- processes
+
+    def join_processes(self):
+        self.device = pick_device(self.settings["device"])
+        self.rank, self.world_size = 0, 1
+        if "RANK" in os.environ:  # torchrun sets it
+            self.device = init_process_group(self.device)
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.ddp = self.world_size > 1
+        self.master_process = self.rank == 0
+
+    def barrier(self):
+        if self.ddp:
+            dist.barrier()
+
+    def print(self, text):
+        print0(text)
+
+    def print_values(self, label, values):
+        """label loss 1.2345, acc 0.5000"""
+        named = [f"{name.replace('_', ' ')} {x:.4f}" for name, x in values.items()]
+        print0(f"{label} " + ", ".join(named))
+
+    def split_batch(self):
+        """Splits total_batch_size over processes and micro-steps.
+
+        A micro-step takes the largest divisor of this process's share that is at most batch_size,
+        so one command runs on any number of processes that divides total_batch_size.
+        """
+        total, most = self.settings["total_batch_size"], self.settings["batch_size"]
+        if total < 1 or most < 1 or total % self.world_size:
+            raise UserError(f"--total_batch_size={total} and --batch_size={most} must be at least 1, "
+                            f"and {self.world_size} processes must divide total_batch_size")
+        share = total // self.world_size
+        pairs = bool(self.settings.get("mixup") or self.settings.get("cutmix"))  # they take images two by two
+        sizes = [n for n in range(1, min(share, most) + 1) if share % n == 0 and not (pairs and n % 2)]
+        if not sizes:
+            raise UserError(f"--batch_size={most} must be even, and so must each process's share of "
+                            f"--total_batch_size={total}: mixup and CutMix take images in pairs")
+        self.batch_size = max(sizes)
+        self.grad_accum_steps = share // self.batch_size
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    @property
+    def device_ids(self):
+        """For DistributedDataParallel."""
+        return [self.device.index] if self.device.type == "cuda" else None
+
+    # ---------------------------------------------------------------- folder
+
+    def take_folder(self):
+        """Keeps other runs out of out_dir. Raises UserError on every process where another run has it."""
+        lock, refused = None, None
+        if self.master_process:
+            try:
+                lock = lock_folder(self.out_dir)
+            except (UserError, OSError) as error:
+                refused = error
+        if all_sum(refused is not None)[0]:
+            raise refused or UserError(f"{self.out_dir} cannot be used")
+        return lock
+
+    def find_run(self):
+        """Whether to resume from ckpt.pt. Raises UserError where the folder does not allow what is asked."""
+        init_from, eval_only = self.settings["init_from"], self.settings["eval_only"]
+        os.makedirs(self.out_dir, exist_ok=True)
+        if not os.access(self.out_dir, os.W_OK):
+            raise UserError(f"{self.out_dir} cannot be written to: --out_dir goes elsewhere")
+
+        has_ckpt = os.path.exists(self.ckpt_path)
+        resume = init_from == "resume"
+        if has_ckpt and (init_from == "auto" or (init_from == "scratch" and eval_only)):
+            resume = True
+        if eval_only and not resume and init_from in ("scratch", "auto"):
+            raise UserError(f"--eval_only has nothing to evaluate: {self.ckpt_path} is not there, "
+                            "--init_from=PATH names another checkpoint")
+
+        # an empty log is of a run that was killed before its first save: nothing is lost
+        log = os.path.join(self.out_dir, "log.jsonl")
+        begun = os.path.exists(log) and os.path.getsize(log) > 0
+        for name in os.listdir(self.out_dir):
+            begun = begun or bool(re.fullmatch(RUN_FILE + r"|result\.json", name))
+        if begun and not (resume or eval_only or self.settings["overwrite"]):
+            raise UserError(f"{self.out_dir} holds a run: --init_from=resume continues it, "
+                            "--overwrite starts over, --out_dir goes elsewhere")
+        return resume
+
+    def check_resume(self, fingerprint, max_iters):
+        """Refuses to resume where settings, data or schedule are those of another run.
+
+        fingerprint: of the training data, a string.
+        """
+        self.fingerprint = fingerprint
+        self.max_iters = max_iters
+        self.snapshot_steps = parse_steps(self.settings["snapshot_steps"], max_iters)
+        if not self.resume or self.settings["eval_only"]:
+            return
+
+        check_resumable(self.ckpt, self.ckpt_path, self.script)
+        old, new = self.ckpt["config"], self.settings
+        refused, allowed = [], []
+        for name in new:
+            # a setting that the old run did not know is no change
+            if name in FREE_ON_RESUME or name not in old or old[name] == new[name]:
+                continue
+            change = f"{name} was {old[name]}, is {new[name]}"
+            if name not in SAME_ON_RESUME and new["init_from"] == "resume":
+                allowed.append(change)
+            else:
+                refused.append((name, change))
+
+        reasons = [change for _, change in refused]
+        if self.ckpt["data"] != fingerprint:
+            reasons.append("the data on disk is not what it was trained on")
+        if self.ckpt["iter_num"] > max_iters:
+            reasons.append(f"it is at step {self.ckpt['iter_num']}, beyond max_iters {max_iters}")
+        if reasons:
+            advice = ""
+            if refused and not any(name in SAME_ON_RESUME for name, _ in refused):
+                advice = "; --init_from=resume goes on with the new values"
+            raise UserError(f"{self.ckpt_path} is another run: {'; '.join(reasons)}{advice}")
+        if allowed:
+            self.print(f"resumed with other settings: {'; '.join(allowed)}")
+
+    def restore(self, optimizers):
+        """Takes up optimizers, log and counts of the run. Returns (first step, best validation loss)."""
+        groups = [group for opt in optimizers for group in opt.param_groups]
+        self.weight_decay = {group["name"]: group["weight_decay"] for group in groups}
+        self.decay = {name: 0.0 for name in self.weight_decay}  # sum of lr * weight decay so far
+        start, best_val_loss, log_bytes, wandb_id = 0, math.inf, 0, ""
+        if self.resume:
+            ckpt = self.ckpt
+            load_optimizers(optimizers, ckpt["optimizer"], self.ckpt_path)
+            if self.scaler.is_enabled() and ckpt["scaler"]:
+                self.scaler.load_state_dict(ckpt["scaler"])
+            start, best_val_loss = ckpt["iter_num"], ckpt["best_val_loss"]
+            self.seconds, self.decay = ckpt["seconds"], dict(ckpt["decay"])
+            log_bytes, wandb_id = ckpt["log_bytes"], ckpt["wandb_id"]
+        self.ckpt = None  # frees its memory
+
+        if self.master_process:
+            source = copy_source(self.out_dir)
+            self.log_file = RunLog(self.out_dir, log_bytes, self.settings, wandb_id, source)
+            remove_leftovers(self.out_dir, self.resume)
+        return start, best_val_loss
+
+    # ----------------------------------------------------------- what is said
+
+    def banner(self, groups, get_lr, start, unit, per_step, flops_per_step):
+        """Prints what is about to run. unit, per_step: "tokens" and how many an optimizer step sees."""
+        Run.training = True
+        self.unit, self.per_step, self.flops_per_step = unit, per_step, flops_per_step
+        self.peak, source = peak_flops(self.device, self.dtype)
+        settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
+        self.print(f"settings: {settings}")
+        total = self.settings["total_batch_size"]
+        self.print(f"batch: {self.batch_size} * {self.world_size} processes * {self.grad_accum_steps} "
+                   f"micro-steps = {total}; {per_step:,} {unit} a step")
+
+        # decay acts over 1 / (lr * weight decay) steps: this many times in the whole run
+        sum_lr = sum(get_lr(step) for step in range(start, self.max_iters))
+        for group in groups:
+            name, wd = group["name"], group["weight_decay"]
+            n_params = sum(p.numel() for p in group["params"])
+            self.print(f"group {name:5}: {len(group['params']):3} tensors, {n_params:11,} parameters, "
+                       f"weight decay {wd:g}, {self.decay[name] + sum_lr * wd:.2f} decay time constants")
+        if self.settings["warmup_iters"] >= self.max_iters:
+            self.print(f"note: warm-up takes {self.settings['warmup_iters']} steps of {self.max_iters}: "
+                       f"the learning rate ends at {get_lr(self.max_iters):.2e}")
+        how = "compiled" if self.compile else "eager"
+        self.print(f"on {self.device}, {self.dtype}, {how}; {flops_per_step:,} FLOPs a step, "
+                   f"MFU against {self.peak / 1e12:.2f} TFLOP/s ({source})")
+
+    def log(self, step, **values):
+        """A line of log.jsonl, and of wandb where asked for."""
+        if self.log_file:
+            self.log_file.write(step, values)
+
+    def log_train(self, step, loss, lr, grad_norm):
+        """Notes a step; prints and logs every log_interval. loss, grad_norm: tensors on the device."""
+        for name, wd in self.weight_decay.items():
+            self.decay[name] += lr * wd
+        self.unread.append((step, loss, lr, grad_norm))
+        if (step + 1) % self.settings["log_interval"] == 0:
+            self.report()
+
+    def report(self):
+        """Prints and logs the steps since the last report."""
+        losses, grad_norms = self.read_steps()
+        elapsed = time.perf_counter() - self.clock
+        self.seconds += elapsed
+        step, _, lr, _ = self.unread[-1]
+        loss, grad_norm = losses[-1], grad_norms[-1]
+        steps_per_s = len(self.unread) / elapsed
+        speed = steps_per_s * self.per_step
+        mfu = steps_per_s * self.flops_per_step / (self.peak * self.world_size)
+        remaining = time_left((self.max_iters - step - 1) / steps_per_s)
+        self.log(step, train_loss=loss, lr=lr, grad_norm=grad_norm, **{f"{self.unit}_per_s": speed}, mfu=mfu)
+        self.print(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.3f}, "
+                   f"{speed:,.0f} {self.unit}/s, mfu {100 * mfu:.1f}%, {remaining} left")
+        self.unread = []
+
+    def read_steps(self):
+        """(losses, gradient norms) of the unread steps; losses are means over processes.
+
+        Ends the run where one is not finite. With float16 a gradient may overflow: the scaler skips that
+        step, and the run ends once the scale has fallen below LEAST_SCALE.
+        """
+        pairs = [torch.stack([loss, grad_norm]) for _, loss, _, grad_norm in self.unread]
+        values = torch.stack(pairs).cpu().double()  # note: waits for the GPU
+        own_losses, grad_norms = values.T.tolist()
+        losses = all_sum(*own_losses)
+        for (step, *_), own, summed, norm in zip(self.unread, own_losses, losses, grad_norms):
+            if math.isfinite(summed) and (math.isfinite(norm) or self.scaler.is_enabled()):
+                continue
+            # one process speaks: the one whose loss it is, or the first where only the gradient is to blame
+            if not math.isfinite(own) or (math.isfinite(summed) and self.master_process):
+                print(f"{self.script}: loss {own}, gradient norm {norm} at step {step} on process "
+                      f"{self.rank}; the last good checkpoint is {self.ckpt_path}",
+                      file=sys.stderr, flush=True)
+            self.close()
+            raise SystemExit(1)
+        scale = self.scaler.get_scale()
+        if self.scaler.is_enabled() and scale < LEAST_SCALE:
+            self.fail(f"gradients overflow float16 at any scale, the last was {scale:g} behind step "
+                      f"{self.unread[-1][0]}, and steps are skipped: lower --learning_rate or take bfloat16")
+        return [loss / self.world_size for loss in losses], grad_norms
+
+    def check_finite(self, step, model):
+        """Ends the run where a loss, gradient or weight is not finite: it is not saved over a good one."""
+        if self.unread:
+            self.report()
+        for name, p in model.named_parameters():
+            if not p.isfinite().all():  # note: waits for the GPU
+                self.fail(f"{name} holds NaN or inf at step {step}")
+
+    def fail(self, message):
+        print0(f"{self.script}: {message}; the last good checkpoint is {self.ckpt_path}", file=sys.stderr)
+        self.close()
+        raise SystemExit(1)
+
+    # ---------------------------------------------------------------- a step
+
+    def signalled(self):
+        """The signal that any process got, 0 for none, the same answer on all of them."""
+        if not self.ddp:
+            return self.signal.signal
+        signum = torch.tensor(self.signal.signal)
+        dist.all_reduce(signum, op=dist.ReduceOp.MAX)  # on the CPU, through gloo: the GPU does not wait
+        return int(signum)
+
+    def begin_step(self, step):
+        """Starts the clock, and seeds dropout by the step: then a resumed run has no generator to restore."""
+        if not self.unread:  # evaluating and saving are not training time
+            self.clock = time.perf_counter()
+        key = hash64(hash64(self.settings["seed"]) + step)
+        torch.manual_seed(hash64(key + self.rank) >> 1)
+
+    def stop(self, signum, where):
+        """Ends a run that a signal stops, after it was saved."""
+        self.print(f"stopped by signal {signum} {where}: go on with --init_from=resume")
+        self.close()
+        raise SystemExit(128 + signum)
+
+    # ------------------------------------------------------------------ save
+
+    def save(self, step, model, optimizers, best_val_loss):
+        """Writes ckpt.pt: all that the run needs to go on from the top of `step`, in nanoGPT's dict."""
+        if not self.master_process:
+            return
+        if step != self.saved_step:
+            self.saved_step = step
+            # what is logged behind this point will be logged again by a run that resumes here
+            self.log_bytes = self.log_file.size()
+        states = [opt.state_dict() for opt in optimizers]
+        save_pt(self.ckpt_path, {
+            "model": model.state_dict(),
+            "optimizer": states if len(states) > 1 else states[0],
+            "model_args": saved_args(model.args),
+            "iter_num": step,
+            "best_val_loss": best_val_loss,
+            "config": self.settings,
+            # beyond nanoGPT's, for exact resume
+            "scaler": self.scaler.state_dict(),
+            "decay": self.decay,
+            "seconds": self.seconds,
+            "log_bytes": self.log_bytes,
+            "wandb_id": self.log_file.wandb_id,
+            "data": self.fingerprint,
+        })
+
+    def save_weights(self, step, model):
+        """Writes a snapshot of the weights alone, step_0001000.pt."""
+        if self.master_process:
+            save_pt(os.path.join(self.out_dir, f"step_{step:07d}.pt"), {
+                "model": model.state_dict(),
+                "model_args": saved_args(model.args),
+                "iter_num": step,
+                "config": self.settings,
+            })
+
+    # -------------------------------------------------------------- evaluate
+
+    def eval_rows(self, n_rows, wanted=None):
+        """Which rows of a split this process evaluates, batch by batch: arrays (batch_size,) of row numbers.
+
+        wanted: so many evenly spaced rows, all by default. Rows of -1 do not count: they fill the last
+        batches up, so that every process has the same number of batches.
+        """
+        batch_size = self.settings["batch_size"]
+        n = min(wanted or n_rows, n_rows)
+        rows = np.linspace(0, n_rows - 1, n).round().astype(np.int64)
+        n_batches = math.ceil(n / (batch_size * self.world_size))
+        padded = np.full(n_batches * self.world_size * batch_size, -1)
+        padded[:n] = rows
+        return list(padded.reshape(n_batches, self.world_size, batch_size)[:, self.rank])
+
+    def watch_eval(self, batches, n_batches):
+        """Yields from batches, prints time left every ten seconds. A signal ends the run: it is saved."""
+        began = spoke = time.monotonic()
+        for i, batch in enumerate(batches):
+            signum = self.signalled()
+            if signum:
+                self.stop(signum, "while evaluating")
+            yield batch
+            now = time.monotonic()
+            if now - spoke > 10:
+                spoke = now
+                left = time_left((now - began) / (i + 1) * (n_batches - i - 1))
+                self.print(f"  evaluating: batch {i + 1} of {n_batches}, {left} left")
+
+    # ------------------------------------------------------------------- end
+
+    def finish_eval(self, result):
+        """Ends --eval_only: writes eval.json."""
+        if not math.isfinite(result["val_loss"] + result["test_loss"]):
+            raise UserError(f"{self.init_path}: its loss is not finite: weights that are damaged, "
+                            f"or overflow {self.dtype}")
+        if self.master_process:
+            save_json(os.path.join(self.out_dir, "eval.json"), {**self.settings, **result})
+        self.close()
+
+    def finish(self, result):
+        """Ends the run: writes result.json."""
+        time_constants = {"decay_time_constants": self.decay["attn"],
+                          "decay_time_constants_mlp": self.decay.get("mlp", 0.0),
+                          "decay_time_constants_embed": self.decay["embed"]}
+        result = {
+            **self.settings, **result,
+            "steps": self.max_iters,
+            self.unit: self.max_iters * self.per_step,
+            "seconds": self.seconds,
+            **time_constants,
+            "processes": self.world_size,
+            "trained_on": str(self.device),
+        }
+        test = {name: x for name, x in result.items() if name.startswith("test_")}
+        self.log(self.max_iters, **test)
+        if self.master_process:
+            save_json(os.path.join(self.out_dir, "result.json"), result)
+        self.print(f"{self.decay['attn']:.2f} decay time constants on attention, {time_left(self.seconds)} "
+                   f"of training; look at it: python analyze.py {self.out_dir}")
+        self.close()
+
+    def close(self):
+        if self.log_file:
+            self.log_file.close()
+        if self.lock:
+            self.lock.release()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def check_settings(settings):
+    """Raises UserError that names the setting, its value and the fix, for settings that every trainer has."""
     for name, value in settings.items():
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise UserError(f"--{name}={value} must " + ("not be negative" if value < 0 else "be finite"))
+        number = isinstance(value, (int, float))
+        if number and value < 0:
+            raise UserError(f"--{name}={value} must not be negative")
+        if number and value == math.inf:
+            raise UserError(f"--{name}={value} must be finite")
         if type(value) is int and value >= 2**31:
             raise UserError(f"--{name}={value} is too large")
         if name in ("beta1", "beta2", "dropout", "drop_path", "label_smoothing") and value >= 1:
             raise UserError(f"--{name}={value} is not in [0, 1)")
         if name in ("log_interval", "eval_interval", "eval_iters", "block_size", "image_size") and value < 1:
             raise UserError(f"--{name}={value} must be at least 1")
+        low, high = RANGES.get(name, (-math.inf, math.inf))
+        if number and not low <= value <= high:
+            raise UserError(f"--{name}={value} is not in its range, {low:g} to {high:g}")
+    if settings.get("eval_resize", math.inf) < settings.get("image_size", 0):
+        raise UserError(f"--eval_resize={settings['eval_resize']} must be at least "
+                        f"--image_size={settings['image_size']}, which is cut out of it")
     if settings["compile"] not in ("auto", "true", "false"):
         raise UserError(f"--compile={settings['compile']}: expects auto, true or false")
 
 
-def find_run(out_dir, init_from, overwrite, eval_only):
-    """(path of the run's ckpt.pt, whether to resume from it). Raises UserError where the folder or the flags do not allow what is asked."""
-    os.makedirs(out_dir, exist_ok=True)
-    if not os.access(out_dir, os.W_OK):
-        raise UserError(f"{out_dir} cannot be written to: --out_dir goes elsewhere")
-    latest, log = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "log.jsonl")
-    there = os.path.exists(latest)
-    resume = init_from == "resume" or (there and (init_from == "auto" or (init_from == "scratch" and eval_only)))
-    if eval_only and not resume and init_from in ("scratch", "auto"):
-        raise UserError(f"--eval_only has nothing to evaluate: {latest} is not there, --init_from=PATH names another checkpoint")
-    begun = os.path.exists(log) and os.path.getsize(log)  # an empty log is of a run killed before its first save: nothing to lose
-    if not (resume or eval_only or overwrite) and (begun or any(re.fullmatch(RUN_FILE + r"|result\.json", name) for name in os.listdir(out_dir))):
-        raise UserError(f"{out_dir} holds a run: --init_from=resume continues it, --overwrite starts over, --out_dir goes elsewhere")
-    return latest, resume
-
-
-def lock_run(out_dir, world):
-    """Keeps other runs out of `out_dir` for as long as the file that the first process gets is open: the kernel closes it however that ends.
-
-    Raises UserError on every process where another run has it, OSError where it cannot be written to. A file system without locks keeps
-    nobody out.
-    """
-    file, refused = None, None
-    if world.rank == 0:
-        try:
-            os.makedirs(out_dir, exist_ok=True)
-            file = open(os.path.join(out_dir, ".lock"), "ab")
-            if fcntl:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: it works over NFS, and is not inherited by what this one starts
-        except OSError as error:
-            if error.errno in (errno.EROFS, errno.EEXIST, errno.ENOTDIR) or not file and error.errno == errno.EACCES:
-                refused = UserError(f"{out_dir} cannot be written to ({error.strerror}): --out_dir goes elsewhere")
-            elif not file:
-                refused = error
-            elif error.errno in (errno.EACCES, errno.EAGAIN):
-                refused = UserError(f"another run is at work in {out_dir}: --out_dir goes elsewhere")
-    if all_sum(world, bool(refused))[0]:
-        raise refused or UserError(f"{out_dir} is not to be had")
-    return file
-
-
-def check_resume(checkpoint, path, script, settings, same, free, fingerprint, max_iters):
-    """Raises UserError where the run on disk is not the one that these settings describe; prints what changes where that is allowed.
-
-    same: settings that must not change; free: those that may; the others change only where --init_from=resume asks for it.
-    """
-    if "data" not in checkpoint:
-        raise UserError(f"{path} is not {script}'s: --init_from={path} takes its weights into a new run")
-    bad = next((name for name, right in RESUMED.items() if name not in checkpoint or not right(checkpoint[name])), None)
-    if bad:
-        raise UserError(f"{path} is damaged, its {bad} is {str(checkpoint.get(bad, 'missing'))[:50]}: --init_from={path} takes its weights into a "
-                         "new run")
-    old = checkpoint["config"]
-    changed = [name for name in settings if name not in free and name in old and old[name] != settings[name]]  # a newer setting is no change
-    words = {name: f"{name} was {old[name]}, is {settings[name]}" for name in changed}
-    differ = [words[name] for name in changed if name in same or settings["init_from"] != "resume"]
-    if checkpoint["data"] != fingerprint:
-        differ.append("the data on disk is not what it was trained on")
-    if checkpoint["iter_num"] > max_iters:
-        differ.append(f"it is at step {checkpoint['iter_num']}, beyond max_iters {max_iters}")
-    if differ:
-        advice = "" if any(name in same for name in changed) or not changed else "; --init_from=resume goes on with the new values"
-        raise UserError(f"{path} is another run: {'; '.join(differ)}{advice}")
-    if changed:
-        print0(f"resumed with other settings: {'; '.join(words.values())}")
-
-
-def make_data(folder, *command):
-    """Runs a script of ours with its flags to make the data in `folder`, unless they are there: on one process of each machine; another run
-    may be making them just now. Raises UserError where it fails."""
-    meta = os.path.join(folder, "meta.json")
-    if os.path.exists(meta) or int(os.environ.get("LOCAL_RANK", 0)):
-        return
-    print0(f"{folder} is not there yet, making it: python {' '.join(command)}")
-    failed, patience = subprocess.run([sys.executable, *command], env={**os.environ, "PYTHONPATH": ROOT}).returncode, 60
-    while failed and patience and not os.path.exists(meta):
-        time.sleep(1)
-        patience -= 1
-    if not os.path.exists(meta):
-        raise UserError(f"{' '.join(command)} could not make {folder}")
+def ckpt_path(path):
+    """The checkpoint that --init_from=PATH means: a file, or a run folder's ckpt.pt."""
+    if os.path.isdir(path):
+        return os.path.join(path, "ckpt.pt")
+    return path
 
 
 def parse_steps(text, max_iters):
-    """The set of steps that --snapshot_steps names."""
+    """The set of steps that --snapshot_steps names: "100,200,400", "every:1000" or "log:20"."""
+    kind, _, number = text.partition(":")
     try:
-        kind, _, number = text.partition(":")
-        if "-" in text or (number and int(number) < 1):
-            raise UserError
-        if kind == "every":
-            return set(range(0, max_iters + 1, int(number))) | {max_iters}
-        if kind == "log":
-            return {0} | {round(max(1, max_iters)**(i / max(1, int(number) - 1))) for i in range(int(number))}
-        return {int(s) for s in text.split(",") if s.strip()}
+        if "-" in text:
+            raise ValueError
+        if kind == "every" and int(number) > 0:
+            return {*range(0, max_iters + 1, int(number)), max_iters}
+        if kind == "log" and int(number) > 0:
+            n = int(number)
+            return {0} | {round(max(1, max_iters) ** (i / max(1, n - 1))) for i in range(n)}
+        return {int(step) for step in text.split(",") if step.strip()}
     except ValueError:
         raise UserError(f'--snapshot_steps={text}: expects "100,200,400", "every:1000" or "log:20"') from None
-
-# -------------------------------------------------------------------------------------------------------------------- log
-
-def start_log(out_dir, lock, resume, past, settings, wandb_project, wandb_name):
-    """The RunLog of a run, on its first process; the code that runs goes to out_dir/source, leavings of a killed or given up run go.
-
-    lock: what lock_run gave, open until the log is closed; past: "log_bytes" and "wandb_id" of the checkpoint that is resumed, else 0 and empty.
-    """
-    source = os.path.join(out_dir, "source")
-    for path in glob.glob("**/*.py", root_dir=ROOT, recursive=True):
-        if path.count(os.sep) == 0 or path.startswith(("nanorank" + os.sep, "scripts" + os.sep)):
-            os.makedirs(os.path.dirname(os.path.join(source, path)), exist_ok=True)
-            shutil.copy(os.path.join(ROOT, path), os.path.join(source, path))
-    log = RunLog(out_dir, past["log_bytes"], settings, wandb_project, wandb_name, past["wandb_id"], source, lock)
-    stale = r".*\.(pt|json)\.tmp\d+" + ("" if resume else r"|step_\d+\.pt|result\.json")
-    for name in os.listdir(out_dir):
-        if re.fullmatch(stale, name):
-            os.unlink(os.path.join(out_dir, name))
-    return log
-
-
-class RunLog:
-    """`out_dir/log.jsonl`, one object a line, and wandb where asked for. Only the first process has one that writes."""
-
-    def __init__(self, out_dir, keep_bytes, settings, wandb_project="", wandb_name="", wandb_id="", source=".", lock=None):
-        """keep_bytes: the log's size when the checkpoint that is resumed was written; what came after it is redone, so cut.
-        wandb_project: empty for no wandb; wandb_id: of the run to continue; source: the folder of the code to log with it."""
-        self.path, self.lock = os.path.join(out_dir, "log.jsonl"), lock
-        self.wandb, self.wandb_id = None, ""
-        if wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--wandb_log needs wandb: pip install wandb") from None
-            try:
-                self.wandb = wandb.init(project=wandb_project, name=wandb_name, config=settings, dir=out_dir,
-                                        id=wandb_id or None, resume="allow" if wandb_id else None)
-            except wandb.Error as error:
-                raise UserError(f"--wandb_log: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no account)") from None
-            self.wandb_id = self.wandb.id
-            self.wandb.define_metric("*", step_metric="step")
-            self.wandb.log_code(source)
-        with open(self.path, "ab") as file:
-            file.truncate(min(keep_bytes, file.tell()))
-
-    def size(self):
-        return os.path.getsize(self.path)
-
-    def __call__(self, step, **values):
-        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(to_json({"step": step, **values}) + "\n")
-        if self.wandb:
-            self.wandb.log({"step": step, **values})
-
-    def close(self):
-        if self.wandb:
-            self.wandb.finish()
-        if self.lock:
-            self.lock.close()
-
-
-def read_steps(unread, world, scaler, script, latest):
-    """(losses, gradient norms) of steps [(step, lr, loss, norm), ...] whose tensors are still on the device; losses are means over processes.
-
-    Ends the run where one is not finite, but for the norms of a step that fp16's gradient scaler skips: there it ends once the scale has
-    fallen below LEAST_SCALE.
-    """
-    values = torch.stack([torch.stack(pair) for _, _, *pair in unread]).cpu().double()  # note: this waits for the GPU
-    here, norms = values.T.tolist()
-    losses = all_sum(world, *here)
-    for (step, *_), mine, everywhere, norm in zip(unread, here, losses, norms):
-        if not math.isfinite(everywhere) or not (math.isfinite(norm) or scaler.is_enabled()):
-            if not math.isfinite(mine) or (math.isfinite(everywhere) and world.rank == 0):
-                print(f"{script}: loss {mine}, gradient norm {norm} at step {step} on process {world.rank}; "
-                      f"the last good checkpoint is {latest}", file=sys.stderr, flush=True)
-            end(world)
-            raise SystemExit(1)
-    if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
-        print0(f"{script}: gradients overflow float16 at any scale, the last was {scaler.get_scale():g} behind step {unread[-1][0]}, and steps are "
-               f"skipped: lower --learning_rate or take bfloat16; the last good checkpoint is {latest}", file=sys.stderr)
-        end(world)
-        raise SystemExit(1)
-    return [loss / world.size for loss in losses], norms
-
-
-def check_nan(model, world, script, step, latest):
-    """Ends the run where a parameter is not finite, the same on all processes, before it is saved over the last good checkpoint."""
-    bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)  # note: this waits for the GPU
-    if bad:
-        print0(f"{script}: {bad} holds NaN or inf at step {step}; the last good checkpoint is {latest}", file=sys.stderr)
-        end(world)
-        raise SystemExit(1)
-
-# -------------------------------------------------------------------------------------------------------------------- end
-
-@contextlib.contextmanager
-def run_errors(script):
-    """A disk that refuses what a run writes, and a process that lost another: one line on stderr, exit status 1. Under torchrun a process ends at
-    once, without Python's tidying: in 2 of 12 small runs torch's threads aborted it there (torch 2.13, "terminate called"), in none of 16 since."""
-    script, code = os.path.basename(script), 0
-    try:
-        yield
-    except OSError as error:
-        print(f"{script}: {error}; once that is mended --init_from=resume goes on from the last save", file=sys.stderr, flush=True)
-        code = 1
-    except RuntimeError as error:
-        if "RANK" not in os.environ or not re.search("[Cc]onnection (closed|reset)|Broken pipe", str(error)):  # gloo's
-            raise
-        print(f"{script}: process {os.environ['RANK']} lost another one; --init_from=resume goes on from the last save", file=sys.stderr, flush=True)
-        code = 1
-    except SystemExit as stop:
-        code = stop.code or 0
-    if "RANK" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    if code:
-        raise SystemExit(code)
-
-
-def stopped(world, number, where, log=None):
-    """Ends a run that a signal stops, after it was saved."""
-    print0(f"stopped by signal {number} {where}: go on with --init_from=resume")
-    end(world, log)
-    raise SystemExit(128 + number)
-
-
-def end(world, log=None):
-    if log:
-        log.close()
-    if world.size > 1:
-        dist.destroy_process_group()

@@ -1,0 +1,130 @@
+"""
+What a run keeps in its folder beside checkpoints: a lock, log.jsonl, source/.
+"""
+import errno
+import glob
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+from filelock import FileLock, Timeout
+
+from nanorank.console import print0
+from nanorank.errors import UserError
+from nanorank.files import to_json, writing
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the repository
+
+
+def lock_folder(out_dir):
+    """Keeps other runs out of out_dir until the lock is released or this process ends, however it ends.
+
+    Raises UserError where another run has it or it cannot be written to.
+    """
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        lock = FileLock(os.path.join(out_dir, ".lock"), blocking=False, is_singleton=True)
+        lock.acquire()
+        return lock
+    except Timeout:
+        raise UserError(f"another run is at work in {out_dir}: --out_dir goes elsewhere") from None
+    except NotImplementedError:  # a file system without locks keeps nobody out
+        return None
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM):
+            reason = error.strerror
+            raise UserError(f"{out_dir} cannot be written to ({reason}): --out_dir goes elsewhere") from None
+        raise
+
+
+def copy_source(out_dir):
+    """Copies the code that runs to out_dir/source. Returns that folder."""
+    source = os.path.join(out_dir, "source")
+    for pattern in ("*.py", "nanorank/**/*.py", "scripts/*.py"):
+        for path in glob.glob(pattern, root_dir=ROOT, recursive=True):
+            copy = os.path.join(source, path)
+            os.makedirs(os.path.dirname(copy), exist_ok=True)
+            shutil.copy(os.path.join(ROOT, path), copy)
+    return source
+
+
+def remove_leftovers(out_dir, resume):
+    """Removes temporary files of a run that was killed and, for a new run, what an old one has left."""
+    leftover = r".*\.(pt|json)\.tmp\d+"
+    if not resume:
+        leftover += r"|step_\d+\.pt|result\.json"
+    for name in os.listdir(out_dir):
+        if re.fullmatch(leftover, name):
+            os.unlink(os.path.join(out_dir, name))
+
+
+def make_data(folder, *command):
+    """Runs `python COMMAND ...` to make the data in `folder`, on one process of each machine.
+
+    Another run may be making them just now, so a failure is waited out for a minute.
+    Raises UserError where they are still not there.
+    """
+    meta = os.path.join(folder, "meta.json")
+    if os.path.exists(meta) or int(os.environ.get("LOCAL_RANK", 0)):
+        return
+    print0(f"{folder} is not there yet, making it: python {' '.join(command)}")
+    environment = {**os.environ, "PYTHONPATH": ROOT}  # the current folder may be another
+    if command[0].endswith(".py"):
+        command = (os.path.join(ROOT, command[0]), *command[1:])
+    process = subprocess.run([sys.executable, *command], env=environment)
+    for _ in range(60):
+        if process.returncode == 0 or os.path.exists(meta):
+            break
+        time.sleep(1)
+    if not os.path.exists(meta):
+        raise UserError(f"{os.path.basename(command[0])} could not make {folder}")
+
+
+class RunLog:
+    """out_dir/log.jsonl, one object a line, and wandb where --wandb_log asks for it."""
+
+    def __init__(self, out_dir, keep_bytes, settings, wandb_id="", source="."):
+        """keep_bytes: the log's size when the checkpoint that is resumed was written. What came after it
+        will be logged again, so it is cut. wandb_id: of the wandb run to continue."""
+        self.path = os.path.join(out_dir, "log.jsonl")
+        self.wandb, self.wandb_id = None, ""
+        if settings["wandb_log"]:
+            self.wandb = start_wandb(out_dir, settings, wandb_id, source)
+            self.wandb_id = self.wandb.id
+        with open(self.path, "ab") as file:
+            file.truncate(min(keep_bytes, file.tell()))
+
+    def size(self):
+        return os.path.getsize(self.path)
+
+    def write(self, step, values):
+        line = {"step": step, **values}
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(to_json(line) + "\n")
+        if self.wandb:
+            self.wandb.log(line)
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
+
+
+def start_wandb(out_dir, settings, wandb_id, source):
+    """A wandb run, new or continued, that holds settings and source."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb_log needs wandb: pip install wandb") from None
+    name = settings["wandb_run_name"] or settings["out_dir"]
+    try:
+        run = wandb.init(project=settings["wandb_project"], name=name, config=settings, dir=out_dir,
+                         id=wandb_id or None, resume="allow" if wandb_id else None)
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--wandb_log: {reason} (WANDB_MODE=offline needs no account)") from None
+    run.define_metric("*", step_metric="step")
+    run.log_code(source)
+    return run
