@@ -210,7 +210,7 @@ def check_fit(model, meta, run):
     """The model of a checkpoint must have the data's classes, and have been trained on the same pixels."""
     n_classes = len(meta["classes"])
     if model.args["n_classes"] != n_classes:
-        raise UserError(f"the model has {model.args["'n_classes'"]} classes, {dataset} has {n_classes}")
+        raise UserError(f"the model has {model.args['n_classes']} classes, {dataset} has {n_classes}")
     if standardize and min(meta["std"]) <= 0:
         raise UserError(f"--standardize: a channel of --dataset={dataset} is constant, its deviation is 0")
     trained_on = (run.ckpt or {}).get("config") or {}
