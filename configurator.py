@@ -10,35 +10,44 @@ The settings block at the top of a script is its command line.
 
     python script.py config/a.py config/b.py --learning_rate=3e-4 --out-dir out/x
 
-A setting is a module-level, lower-case name bound to a literal; the comment behind it is its help text. Config files hold
-nothing but such assignments (and a docstring); they are parsed, never executed. Files and flags apply left to right.
-Wrong input ends the script with one line and exit status 2. A script can be imported as well: set its globals, call main().
+A setting is a module-level, lower-case name bound to a literal; the comment behind it is its help text.
+Config files hold nothing but such assignments and a docstring; they are parsed, never executed. Files and
+flags apply left to right. Wrong input ends the script with one line and exit status 2. A script can be
+imported as well: set its globals, call main().
 """
 import ast
 import difflib
 import io
+import operator
 import os
 import re
 import sys
 import tokenize
 
+TRUE = ("true", "1", "yes", "on")
+FALSE = ("false", "0", "no", "off")
+KINDS = {bool: "true or false", int: "an int", float: "a float", str: "a string"}
+ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+}
+
 
 class UserError(ValueError):
-    """What the user gave is wrong; the message names it and the fix. Scripts print it as one line and exit with status 2."""
-
-
-TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+    """A user's mistake, and the fix. Scripts print it as one line and exit with status 2."""
 
 
 def configure(settings, positional="", argv=None):
-    """Overrides the settings in `settings` (a script's `globals()`) from config files and flags.
+    """Overrides the settings in `settings` (a script's globals()) from config files and flags.
 
     positional: how --help names the other arguments ("CKPT [CKPT ...]"); empty: the script takes none.
-    argv: the arguments, `sys.argv[1:]` by default. Returns the other arguments, a list of strings.
+    argv: the arguments, sys.argv[1:] by default. Returns the other arguments, a list of strings.
     Raises SystemExit(2) after one line on stderr for wrong input, SystemExit(0) after --help.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    script = os.path.basename(settings["__file__"])
     defaults = script_settings(settings)
     others = []
     try:
@@ -63,15 +72,16 @@ def configure(settings, positional="", argv=None):
             else:
                 others.append(arg)
         if others and not positional:
-            raise UserError(f"unexpected argument {others[0]!r}: settings are --name=value, config files end in .py")
+            raise UserError(f"unexpected argument {others[0]!r}: settings are --name=value, "
+                            "config files end in .py")
     except UserError as error:
-        print(f"{script}: {one_line(error)}", file=sys.stderr)
+        print(f"{os.path.basename(settings['__file__'])}: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     return others
 
 
 def one_line(error, most=1000):
-    """An error's message as one line of at most `most` characters: names from strangers' files hold line breaks and terminal codes."""
+    """An error's message as one line: names from strangers' files hold line breaks and terminal codes."""
     text = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(error)).strip()
     return text if len(text) <= most else f"{text[:most - 4]} ..."
 
@@ -82,35 +92,36 @@ def current(settings):
 
 
 def script_settings(settings):
-    """{name: default} of the settings in the script whose `globals()` are given, read from its source."""
+    """{name: default} of the settings in the script whose globals() are given, read from its source."""
     with tokenize.open(settings["__file__"]) as file:
-        return {name: value for name, value, _ in assignments(file.read()) if value is not NotImplemented}
+        found = list(assignments(file.read()))
+    return {name: value for name, value, _ in found if value is not NotImplemented}
 
 
 def assignments(source):
-    """(name, literal value or NotImplemented, line number) of each module-level `name = ...` with a public lower-case name."""
+    """Yields (name, literal or NotImplemented, line number) of each `name = ...` with a lower-case name."""
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+        if is_assignment(node):
             name = node.targets[0].id
             if name == name.lower() and not name.startswith("_"):
                 yield name, literal(node.value), node.lineno
 
 
+def is_assignment(node):
+    return isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
+
+
 def literal(node):
-    """The value of a literal expression, arithmetic on numbers included (`600 * 4`, `-1e-3 / 3`); else NotImplemented."""
+    """The value of a literal expression, arithmetic on numbers included (600 * 4); else NotImplemented."""
     if isinstance(node, ast.BinOp):
         a, b = literal(node.left), literal(node.right)
-        if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-            try:
-                match node.op:
-                    case ast.Add(): return a + b
-                    case ast.Sub(): return a - b
-                    case ast.Mult(): return a * b
-                    case ast.Div(): return a / b
-                    case ast.FloorDiv(): return a // b
-            except ArithmeticError:
-                pass
-        return NotImplemented
+        numbers = isinstance(a, (int, float)) and isinstance(b, (int, float))
+        if not numbers or type(node.op) not in ARITHMETIC:
+            return NotImplemented
+        try:
+            return ARITHMETIC[type(node.op)](a, b)
+        except ArithmeticError:
+            return NotImplemented
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
@@ -118,37 +129,48 @@ def literal(node):
 
 
 def read_config(path):
-    """(name, value, "file:line") of each assignment in a config file. Raises UserError where it holds anything else."""
+    """Yields (name, value, "file:line") of each assignment in a config file.
+
+    Raises UserError where the file holds anything else.
+    """
     try:
         with tokenize.open(path) as file:
             source = file.read()
         body = ast.parse(source).body
-    except (OSError, SyntaxError, ValueError, LookupError, RecursionError, MemoryError) as error:  # LookupError: rot13 is no encoding of text
-        reason = error.strerror if isinstance(error, OSError) else f"line {getattr(error, 'lineno', '?')}: {error.args[0]}"
-        raise UserError(f"config file {path}: {reason}") from None
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror}") from None
+    except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError) as error:
+        line = getattr(error, "lineno", "?")
+        raise UserError(f"config file {path}: line {line}: {error.args[0]}") from None
     for i, node in enumerate(body):
-        docstring = i == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        plain = isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
-        if docstring:
-            continue
-        value = literal(node.value) if plain else NotImplemented
+        if i == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # the docstring
+        value = literal(node.value) if is_assignment(node) else NotImplemented
         if value is NotImplemented:
+            line = source.splitlines()[node.lineno - 1].strip()
             raise UserError(f"{path}:{node.lineno}: a config file holds only lines `name = literal`, "
-                             f"not `{source.splitlines()[node.lineno - 1].strip()}`")
+                            f"not `{line}`")
         yield node.targets[0].id, value, f"{path}:{node.lineno}"
 
 
 def known(name, defaults, where):
+    """The name, if it is a setting; else a UserError with the nearest one."""
     if name in defaults:
         return name
     near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.5)
-    raise UserError(f"unknown setting {where}" + (f"; did you mean {near[0]}?" if near else "; --help lists them all"))
+    advice = f"did you mean {near[0]}?" if near else "--help lists them all"
+    raise UserError(f"unknown setting {where}; {advice}")
 
 
 def value_of_flag(name, default, argv):
-    """The text of `--name value`, taken from argv; "true" for a bare switch (settings that are bool, or "auto" by default)."""
+    """The text of `--name value`, taken from argv.
+
+    "true" for a bare switch: a setting that is bool, or "auto" by default.
+    """
     bare = not argv or argv[0].startswith("--")
-    if isinstance(default, bool) and (bare or argv[0].lower() not in TRUE + FALSE) or default == "auto" and bare:
+    if isinstance(default, bool) and (bare or argv[0].lower() not in TRUE + FALSE):
+        return "true"
+    if default == "auto" and bare:
         return "true"
     if bare:
         raise UserError(f"--{name} needs a value ({kind(default)})")
@@ -156,7 +178,7 @@ def value_of_flag(name, default, argv):
 
 
 def kind(default):
-    return {bool: "true or false", int: "an int", float: "a float", str: "a string"}.get(type(default), f"a {type(default).__name__}")
+    return KINDS.get(type(default), f"a {type(default).__name__}")
 
 
 def parse(where, default, text):
@@ -176,7 +198,9 @@ def parse(where, default, text):
 
 
 def convert(where, default, value):
-    """`value` in the type of `default`: an int for a float and 1e5 for an int are taken, anything else is refused."""
+    """`value` in the type of `default`: an int for a float and 1e5 for an int are taken, nothing else."""
+    if default == "auto" and isinstance(value, bool):  # a switch that can also be auto
+        return str(value).lower()
     if isinstance(default, float) and type(value) is int and abs(value) < 2**1000:
         return float(value)
     if type(default) is int and type(value) is float and value.is_integer():
@@ -187,22 +211,30 @@ def convert(where, default, value):
 
 
 def usage(settings, positional=""):
-    """What --help prints: the script's docstring, then every setting with its default and comment, under its banners."""
-    source = open(settings["__file__"], encoding="utf-8").read()
-    comments = {t.start[0]: t.string.lstrip("# ").rstrip() for t in tokenize.generate_tokens(io.StringIO(source).readline)
-                if t.type == tokenize.COMMENT}
+    """The text of --help: the script's docstring, then every setting with its default and comment."""
+    with open(settings["__file__"], encoding="utf-8") as file:
+        source = file.read()
     code = source.splitlines()
+    comments = {}  # by line number
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip("# ").rstrip()
+
     rows, last = [], 0
     for name, default, line in assignments(source):
         if default is NotImplemented:
             continue
-        for i in range(last + 1, line):  # comment lines of their own between two settings are banners
+        for i in range(last + 1, line):
+            # a comment line of its own between two settings is a banner
             if last and i in comments and code[i - 1].startswith("#") and comments[i].strip("-= "):
                 rows.append(f"\n{comments[i].strip('-= ')}:")
-        default = f'"{default}"' if isinstance(default, str) else default
-        rows.append(f"  --{name}={default}".ljust(34) + "  " + comments.get(line, ""))
+        shown = f'"{default}"' if isinstance(default, str) else default
+        rows.append(f"  --{name}={shown}".ljust(34) + "  " + comments.get(line, ""))
         last = line
-    doc, script = (settings.get("__doc__") or "").strip("\n"), os.path.basename(settings["__file__"])
-    script = f"-m scripts.{script.removesuffix('.py')}" if settings.get("__package__") == "scripts" else script
+
+    doc = (settings.get("__doc__") or "").strip("\n")
+    script = os.path.basename(settings["__file__"])
+    if settings.get("__package__") == "scripts":
+        script = f"-m scripts.{script.removesuffix('.py')}"
     use = f"usage: python {script} [config/x.py ...] [--setting=value ...] {positional}".rstrip()
     return "\n".join([doc, "", use, "", "settings:", *rows, ""])

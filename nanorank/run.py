@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from configurator import FALSE, TRUE
 from nanorank.checkpoints import RUN_FILE
 from nanorank.console import StopSignal, print0, time_left
 from nanorank.device import peak_flops, pick_device, pick_dtype
@@ -80,10 +81,10 @@ class Run:
         self.split_batch()
         self.dtype = pick_dtype(settings["dtype"], self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.compile = settings["compile"] == "true"
+        compile = settings["compile"].lower()
+        self.compile = compile in TRUE or (compile == "auto" and self.device.type == "cuda")
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
-            self.compile = settings["compile"] in ("auto", "true")
 
         self.lock = None
         if not settings["eval_only"]:
@@ -499,7 +500,7 @@ def check_settings(settings):
     if settings.get("eval_resize", math.inf) < settings.get("image_size", 0):
         raise UserError(f"--eval_resize={settings['eval_resize']} must be at least "
                         f"--image_size={settings['image_size']}, which is cut out of it")
-    if settings["compile"] not in ("auto", "true", "false"):
+    if settings["compile"].lower() not in ("auto", *TRUE, *FALSE):
         raise UserError(f"--compile={settings['compile']}: expects auto, true or false")
 
 
