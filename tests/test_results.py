@@ -151,7 +151,7 @@ def test_norm_growth():
     ("vit_tiny", (0, 2, 6, 20), "test_acc", 1, 100),
 ])
 def test_runs(folder, runs, column, digits, scale):
-    """What a run reached, and the mean rank of its heads at the end."""
+    """The result of a run, and the mean rank of its heads at the end."""
     text = read("results", folder, "README.md")
     heads = rows(f"{folder}/heads.csv")
     for wd in runs:
