@@ -293,7 +293,7 @@ def make_optimizers(groups, name, lr, beta1, beta2, eps, momentum, device_type):
         return [DecoupledSGD(groups, lr=lr, momentum=momentum)]
     if name == "muon":
         matrices = [group for group in groups if group["name"] in ("attn", "mlp")]
-        rest = [group for group in groups if group["name"] in ("embed", "none")]
+        rest = [group for group in groups if group["name"] not in ("attn", "mlp")]
         muon = torch.optim.Muon(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
         return [muon, torch.optim.AdamW(rest, **adam)]
     raise UserError(f"--optimizer={name}: expects adamw, adam, sgd or muon")

@@ -1,13 +1,12 @@
 """
-The demo's model on real Pile text in GPT-2's BPE: 8 and 11 minutes a run on two cores
-that other jobs shared. Any .jsonl.zst of the Pile will do:
+The demo's model on real Pile text in GPT-2's BPE. Any .jsonl.zst of the Pile will do.
 
     python prepare_pile.py --source=train.jsonl.zst --val_source=val.jsonl.zst --dataset=pile_small
     python train_lm.py config/pile_small.py --attn_wd=0 --out_dir=out/pile-0
     python train_lm.py config/pile_small.py --attn_wd=4 --out_dir=out/pile-4
     python analyze.py out/pile-0 out/pile-4
 
-What it reached, and on which text: RESULTS.md, "Pile text on a CPU".
+A run took 8 and 11 minutes on two cores that other jobs shared. Results: results/pile_small.
 """
 dataset = "pile_small"
 init_from = "auto"
