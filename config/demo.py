@@ -1,5 +1,5 @@
 """
-The paper's effect in two runs: a byte-level GPT of 0.8 M parameters on the source of Python's standard library.
+The paper's effect in two runs: a byte-level GPT of 0.8 M parameters on the source of Python's library.
 
     python train_lm.py config/demo.py --attn_wd=0 --out_dir=out/demo-0
     python train_lm.py config/demo.py --attn_wd=4 --out_dir=out/demo-4

@@ -2,8 +2,8 @@
 ViT-S/16 on ImageNet-1k by the plain baseline of Beyer, Zhai, Kolesnikov 2022 (arXiv 2205.01580; big_vision's
 configs/vit_s16_i1k.py).
 
-    python -m scripts.prepare_imagenet                                         # once; ILSVRC/imagenet-1k is gated
-    torchrun --nproc_per_node=8 train_vit.py config/vit_s16_imagenet.py        # decay on attention, as published
+    python -m scripts.prepare_imagenet                                     # once; ILSVRC/imagenet-1k is gated
+    torchrun --nproc_per_node=8 train_vit.py config/vit_s16_imagenet.py    # decay on attention, as published
     torchrun --nproc_per_node=8 train_vit.py config/vit_s16_imagenet.py --attn_wd=0 --out_dir=out/vit-s16-0
 
 90 epochs, 111,500 steps of 1024 images. Published: 76 to 77 % top-1 on the official validation set, 6 to 7

@@ -8,8 +8,8 @@ A ViT of 1.2 M parameters on Tiny ImageNet's 64 x 64 pictures in patches of 8, o
     python analyze.py out/vit-tiny/*
 
 Run on 20 of the 200 classes (8,992 training images, 702 steps, sum(lr) 0.35), 25 to 35 minutes a run on one
-core beside other jobs: test accuracy 37.6, 38.1, 37.2, 35.4 %; rank95 of QK 29.0, 28.8, 25.4, 1.5 of 32, of OV
-29.0, 29.0, 27.1, 1.9 (results/vit_tiny).
+core beside other jobs: test accuracy 37.6, 38.1, 37.2, 35.4 %; rank95 of QK 29.0, 28.8, 25.4, 1.5 of 32,
+of OV 29.0, 29.0, 27.1, 1.9 (results/vit_tiny).
 """
 dataset = "tiny_imagenet"
 init_from = "auto"
