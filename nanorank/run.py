@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import FALSE, TRUE
+from configurator import TRUE
 from nanorank.checkpoints import RUN_FILE
 from nanorank.console import StopSignal, print0, time_left
 from nanorank.device import peak_flops, pick_device, pick_dtype
@@ -31,27 +31,10 @@ from nanorank.files import load_pt, save_json, save_pt
 from nanorank.restore import check_resumable, load_optimizers, saved_args
 from nanorank.rng import hash64
 from nanorank.run_folder import RunLog, copy_source, lock_folder, remove_leftovers
-
-# A resumed run is the same run. The first settings must not change at all. The second may always
-# change. Any other changes only where --init_from=resume asks for it.
-SAME_ON_RESUME = (
-    "dataset", "seed", "total_batch_size", "block_size", "image_size", "standardize", "variant", "patch_size",
-    "n_layer", "n_head", "n_embd", "mlp", "post_norm", "bias", "tied", "vocab_size", "pool", "positions",
-    "optimizer",
-)
-FREE_ON_RESUME = (
-    "out_dir", "init_from", "overwrite", "eval_only", "device", "dtype", "compile", "data_dir", "batch_size",
-    "log_interval", "eval_interval", "eval_iters", "rank_interval", "snapshot_steps",
-    "wandb_log", "wandb_project", "wandb_run_name",
-)
+from nanorank.run_settings import check_same_run, check_settings, ckpt_path, parse_steps, split_batch
 
 # float16's gradient scale starts at 65536 and halves with each skipped step: 30 in a row is hopeless
 LEAST_SCALE = 1e-4
-
-
-RANGES = {
-    "crop_area": (1e-9, 1), "crop_ratio": (1, 100), "flip": (0, 1), "randaug_magnitude": (0, 10),
-}
 
 
 class Run:
@@ -78,7 +61,7 @@ class Run:
 
         self.join_processes()
         check_settings(settings)
-        self.split_batch()
+        self.batch_size, self.grad_accum_steps = split_batch(settings, self.world_size)
         self.dtype = pick_dtype(settings["dtype"], self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         compile = settings["compile"].lower()
@@ -125,25 +108,6 @@ class Run:
         """label loss 1.2345, acc 0.5000"""
         named = [f"{name.replace('_', ' ')} {x:.4f}" for name, x in values.items()]
         print0(f"{label} " + ", ".join(named))
-
-    def split_batch(self):
-        """Splits total_batch_size over processes and micro-steps.
-
-        A micro-step takes the largest divisor of this process's share that is at most batch_size,
-        so one command runs on any number of processes that divides total_batch_size.
-        """
-        total, most = self.settings["total_batch_size"], self.settings["batch_size"]
-        if total < 1 or most < 1 or total % self.world_size:
-            raise UserError(f"--total_batch_size={total} and --batch_size={most} must be at least 1, "
-                            f"and {self.world_size} processes must divide total_batch_size")
-        share = total // self.world_size
-        pairs = bool(self.settings.get("mixup") or self.settings.get("cutmix"))  # they take images two by two
-        sizes = [n for n in range(1, min(share, most) + 1) if share % n == 0 and not (pairs and n % 2)]
-        if not sizes:
-            raise UserError(f"--batch_size={most} must be even, and so must each process's share of "
-                            f"--total_batch_size={total}: mixup and CutMix take images in pairs")
-        self.batch_size = max(sizes)
-        self.grad_accum_steps = share // self.batch_size
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -202,34 +166,11 @@ class Run:
         self.fingerprint = fingerprint
         self.max_iters = max_iters
         self.snapshot_steps = parse_steps(self.settings["snapshot_steps"], max_iters)
-        if not self.resume or self.settings["eval_only"]:
-            return
-
-        check_resumable(self.ckpt, self.ckpt_path, self.script)
-        old, new = self.ckpt["config"], self.settings
-        refused, allowed = [], []
-        for name in new:
-            # a setting that the old run did not know is no change
-            if name in FREE_ON_RESUME or name not in old or old[name] == new[name]:
-                continue
-            change = f"{name} was {old[name]}, is {new[name]}"
-            if name not in SAME_ON_RESUME and new["init_from"] == "resume":
-                allowed.append(change)
-            else:
-                refused.append((name, change))
-
-        reasons = [change for _, change in refused]
-        if self.ckpt["data"] != fingerprint:
-            reasons.append("the data on disk is not what it was trained on")
-        if self.ckpt["iter_num"] > max_iters:
-            reasons.append(f"it is at step {self.ckpt['iter_num']}, beyond max_iters {max_iters}")
-        if reasons:
-            advice = ""
-            if refused and not any(name in SAME_ON_RESUME for name, _ in refused):
-                advice = "; --init_from=resume goes on with the new values"
-            raise UserError(f"{self.ckpt_path} is another run: {'; '.join(reasons)}{advice}")
-        if allowed:
-            self.print(f"resumed with other settings: {'; '.join(allowed)}")
+        if self.resume and not self.settings["eval_only"]:
+            check_resumable(self.ckpt, self.ckpt_path, self.script)
+            changes = check_same_run(self.ckpt, self.ckpt_path, self.settings, fingerprint, max_iters)
+            if changes:
+                self.print(f"resumed with other settings: {'; '.join(changes)}")
 
     def restore(self, optimizers):
         """Takes up optimizers, log and counts of the run. Returns (first step, best validation loss)."""
@@ -478,50 +419,3 @@ class Run:
             self.lock.release()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def check_settings(settings):
-    """Raises UserError that names the setting, its value and the fix, for settings that every trainer has."""
-    for name, value in settings.items():
-        number = isinstance(value, (int, float))
-        if number and value < 0:
-            raise UserError(f"--{name}={value} must not be negative")
-        if number and value == math.inf:
-            raise UserError(f"--{name}={value} must be finite")
-        if type(value) is int and value >= 2**31:
-            raise UserError(f"--{name}={value} is too large")
-        if name in ("beta1", "beta2", "dropout", "drop_path", "label_smoothing") and value >= 1:
-            raise UserError(f"--{name}={value} is not in [0, 1)")
-        if name in ("log_interval", "eval_interval", "eval_iters", "block_size", "image_size") and value < 1:
-            raise UserError(f"--{name}={value} must be at least 1")
-        low, high = RANGES.get(name, (-math.inf, math.inf))
-        if number and not low <= value <= high:
-            raise UserError(f"--{name}={value} is not in its range, {low:g} to {high:g}")
-    if settings.get("eval_resize", math.inf) < settings.get("image_size", 0):
-        raise UserError(f"--eval_resize={settings['eval_resize']} must be at least "
-                        f"--image_size={settings['image_size']}, which is cut out of it")
-    if settings["compile"].lower() not in ("auto", *TRUE, *FALSE):
-        raise UserError(f"--compile={settings['compile']}: expects auto, true or false")
-
-
-def ckpt_path(path):
-    """The checkpoint that --init_from=PATH means: a file, or a run folder's ckpt.pt."""
-    if os.path.isdir(path):
-        return os.path.join(path, "ckpt.pt")
-    return path
-
-
-def parse_steps(text, max_iters):
-    """The set of steps that --snapshot_steps names: "100,200,400", "every:1000" or "log:20"."""
-    kind, _, number = text.partition(":")
-    try:
-        if "-" in text:
-            raise ValueError
-        if kind == "every" and int(number) > 0:
-            return {*range(0, max_iters + 1, int(number)), max_iters}
-        if kind == "log" and int(number) > 0:
-            n = int(number)
-            return {0} | {round(max(1, max_iters) ** (i / max(1, n - 1))) for i in range(n)}
-        return {int(step) for step in text.split(",") if step.strip()}
-    except ValueError:
-        raise UserError(f'--snapshot_steps={text}: expects "100,200,400", "every:1000" or "log:20"') from None

@@ -1,0 +1,120 @@
+"""
+Settings that every trainer has: which values make sense, and which may change when a run is resumed.
+"""
+import math
+import os
+
+from configurator import FALSE, TRUE
+from nanorank.errors import UserError
+
+# A resumed run is the same run. The first settings must not change at all. The second may always
+# change. Any other changes only where --init_from=resume asks for it.
+SAME_ON_RESUME = (
+    "dataset", "seed", "total_batch_size", "block_size", "image_size", "standardize", "variant", "patch_size",
+    "n_layer", "n_head", "n_embd", "mlp", "post_norm", "bias", "tied", "vocab_size", "pool", "positions",
+    "optimizer",
+)
+FREE_ON_RESUME = (
+    "out_dir", "init_from", "overwrite", "eval_only", "device", "dtype", "compile", "data_dir", "batch_size",
+    "log_interval", "eval_interval", "eval_iters", "rank_interval", "snapshot_steps",
+    "wandb_log", "wandb_project", "wandb_run_name",
+)
+RANGES = {
+    "crop_area": (1e-9, 1), "crop_ratio": (1, 100), "flip": (0, 1), "randaug_magnitude": (0, 10),
+}
+
+
+def check_settings(settings):
+    """Raises UserError that names the setting, its value and the fix, for settings that every trainer has."""
+    for name, value in settings.items():
+        number = isinstance(value, (int, float))
+        if number and value < 0:
+            raise UserError(f"--{name}={value} must not be negative")
+        if number and value == math.inf:
+            raise UserError(f"--{name}={value} must be finite")
+        if type(value) is int and value >= 2**31:
+            raise UserError(f"--{name}={value} is too large")
+        if name in ("beta1", "beta2", "dropout", "drop_path", "label_smoothing") and value >= 1:
+            raise UserError(f"--{name}={value} is not in [0, 1)")
+        if name in ("log_interval", "eval_interval", "eval_iters", "block_size", "image_size") and value < 1:
+            raise UserError(f"--{name}={value} must be at least 1")
+        low, high = RANGES.get(name, (-math.inf, math.inf))
+        if number and not low <= value <= high:
+            raise UserError(f"--{name}={value} is not in its range, {low:g} to {high:g}")
+    if settings.get("eval_resize", math.inf) < settings.get("image_size", 0):
+        raise UserError(f"--eval_resize={settings['eval_resize']} must be at least "
+                        f"--image_size={settings['image_size']}, which is cut out of it")
+    if settings["compile"].lower() not in ("auto", *TRUE, *FALSE):
+        raise UserError(f"--compile={settings['compile']}: expects auto, true or false")
+
+
+def split_batch(settings, world_size):
+    """(batch size of a micro-step, micro-steps) of each process: how total_batch_size is split.
+
+    A micro-step takes the largest divisor of the process's share that is at most batch_size, so one
+    command runs on any number of processes that divides total_batch_size.
+    """
+    total, most = settings["total_batch_size"], settings["batch_size"]
+    if total < 1 or most < 1 or total % world_size:
+        raise UserError(f"--total_batch_size={total} and --batch_size={most} must be at least 1, "
+                        f"and {world_size} processes must divide total_batch_size")
+    share = total // world_size
+    pairs = settings.get("mixup") or settings.get("cutmix")  # these take images two by two
+    for size in range(min(share, most), 0, -1):
+        if share % size == 0 and not (pairs and size % 2):
+            return size, share // size
+    raise UserError(f"--batch_size={most} must be even, and so must each process's share of "
+                    f"--total_batch_size={total}: mixup and CutMix take images in pairs")
+
+
+def check_same_run(ckpt, path, new, fingerprint, max_iters):
+    """Refuses to resume where settings (new), data or schedule are those of another run.
+
+    fingerprint: of the training data. Returns the changes that are allowed, as text.
+    """
+    old = ckpt["config"]
+    refused, allowed = {}, []
+    for name in new:
+        # a setting that the old run did not know is no change
+        if name in FREE_ON_RESUME or name not in old or old[name] == new[name]:
+            continue
+        change = f"{name} was {old[name]}, is {new[name]}"
+        if name not in SAME_ON_RESUME and new["init_from"] == "resume":
+            allowed.append(change)
+        else:
+            refused[name] = change
+
+    reasons = list(refused.values())
+    if ckpt["data"] != fingerprint:
+        reasons.append("the data on disk is not what it was trained on")
+    if ckpt["iter_num"] > max_iters:
+        reasons.append(f"it is at step {ckpt['iter_num']}, beyond max_iters {max_iters}")
+    if reasons:
+        advice = ""
+        if refused and not refused.keys() & set(SAME_ON_RESUME):
+            advice = "; --init_from=resume goes on with the new values"
+        raise UserError(f"{path} is another run: {'; '.join(reasons)}{advice}")
+    return allowed
+
+
+def ckpt_path(path):
+    """The checkpoint that --init_from=PATH means: a file, or a run folder's ckpt.pt."""
+    if os.path.isdir(path):
+        return os.path.join(path, "ckpt.pt")
+    return path
+
+
+def parse_steps(text, max_iters):
+    """The set of steps that --snapshot_steps names: "100,200,400", "every:1000" or "log:20"."""
+    kind, _, number = text.partition(":")
+    try:
+        if "-" in text:
+            raise ValueError
+        if kind == "every" and int(number) > 0:
+            return {*range(0, max_iters + 1, int(number)), max_iters}
+        if kind == "log" and int(number) > 0:
+            n = int(number)
+            return {0} | {round(max(1, max_iters) ** (i / max(1, n - 1))) for i in range(n)}
+        return {int(step) for step in text.split(",") if step.strip()}
+    except ValueError:
+        raise UserError(f'--snapshot_steps={text}: expects "100,200,400", "every:1000" or "log:20"') from None
