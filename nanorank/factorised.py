@@ -12,9 +12,49 @@ Three facts are known in advance:
 - |A_1|^2 + |A_2|^2 >= 2 |A_1 A_2|_* (the nuclear norm), with equality where that difference is 0.
 - n factors have sum |A_l|^2 >= n sum_i s_i^(2/n), s_i the singular values of W; equality at balance again.
 """
+import math
+
 import torch
 
 from nanorank.spectra import ranks
+
+LOSSES = ("recovery", "regression", "completion")
+
+
+def problems(names, seeds, size, rank, samples, label_noise, observed):
+    """Returns X, Y, mask (problem, 1, seed, size, size), rest (problem, 1, seed) and M (seed, size, size).
+
+    The loss is L(W) = |mask * (X W - Y)|^2 / 2 + rest. M is the matrix to be found, of singular values
+    2, ..., 4 / rank, 2 / rank. names: of LOSSES. samples, label_noise: rows of X and standard deviation of
+    the noise in Y, for regression. observed: fraction of entries seen, for completion.
+    """
+    parts = {name: [] for name in LOSSES}  # name: (X, Y, mask, rest) of each seed
+    targets = []
+    eye = torch.eye(size)
+    ones = torch.ones(size, size)
+    zero = torch.zeros(())
+    for seed in range(seeds):
+        g = torch.Generator().manual_seed(seed)
+        U, V = torch.linalg.qr(torch.randn(2, size, size, generator=g)).Q
+        s = 2 * torch.arange(rank, rank - size, -1).clamp(min=0) / rank
+        M = U * s @ V
+        targets.append(M)
+        parts["recovery"].append((eye, M, ones, zero))
+
+        X = torch.randn(samples, size, generator=g) / math.sqrt(samples)
+        Y = X @ M + label_noise * torch.randn(samples, size, generator=g) / math.sqrt(samples)
+        Q, R = torch.linalg.qr(X)  # |X W - Y|^2 = |R W - Q^T Y|^2 + |Y - Q Q^T Y|^2
+        rest = (Y - Q @ (Q.T @ Y)).square().sum() / 2
+        parts["regression"].append((R, Q.T @ Y, ones, rest))
+
+        seen = (torch.rand(size, size, generator=g) < observed).double()
+        parts["completion"].append((eye, M, seen, zero))
+
+    stacked = []
+    for i in range(4):
+        over_seeds = [torch.stack([part[i] for part in parts[name]]) for name in names]
+        stacked.append(torch.stack(over_seeds)[:, None])
+    return *stacked, torch.stack(targets)
 
 
 def product(A):

@@ -13,8 +13,7 @@ mean where scores tie, and its gelu is a relu. The script writes, and draws figu
     OUT_DIR/heads_saturated.csv  the positions that each head of the saturated model attends to
     OUT_DIR/scaling.csv          scaling curves, c = 1 ... 10: is the model homogeneous, of which degree?
 
-A layer's state is what its block writes; "output" is what the head of the model reads, after the last
-norm.
+A layer's state is what its block writes; "output" is what the model's head reads, after the last norm.
 
 Numbers grow fast. With norms, the residual stream has degree 3 in c (5 with gated MLPs) and the
 attention scores have degree 4: they reach 1e12 at c = 1000. float32 resolves these to 6e4 only, hence

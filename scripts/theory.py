@@ -13,7 +13,7 @@ samples) with Gaussian inputs and noise (regression), or |W - M|^2 / 2 over the 
 
 Gradient flow balances the factors as exp(-2 lam t), and recovery ends at max(s_i - lam, 0), s_i the
 singular values of M. Adam and AdamW are not gradient flow: for them the printed tables compare, and
-nothing is predicted, but see expected() in nanorank/factorised.py.
+AdamW's expectation is our own (expected() in nanorank/factorised.py).
 
 Writes OUT_DIR/curves.csv, spectra.csv, rates.csv, predictions.csv (recovery's last singular values over
 lam, seed 0) and factorised_models.png; for the scalars scalars.csv and two_parameters.png. In curves.csv,
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from configurator import configure
 from nanorank import two_parameters
 from nanorank.errors import UserError, user_errors
-from nanorank.factorised import expected, gradient, measure, measured_rate, product, update
+from nanorank.factorised import LOSSES, expected, gradient, measure, measured_rate, problems, product, update
 from nanorank.tables import write_csv
 
 out_dir = "out/theory"          # folder of the CSV files and the figures
@@ -61,7 +61,6 @@ eps = 1e-8                      # Adam's
 scalar_lams = "0,0.1,0.3,0.6"   # strengths of L2 on the two parameters
 scalar_noise = 1.0              # standard deviation of the noise on dL/dw in the noisy runs of adamw
 
-LOSSES = ("recovery", "regression", "completion")
 OPTIMIZERS = ("flow", "gd", "momentum", "adam_l2", "adamw")
 
 # --------------------------------------------------------------------------------------- schedules
@@ -91,37 +90,8 @@ def predicted_rate(name, lam):
 # ---------------------------------------------------------------------------------------- matrices
 
 def make_problems(names):
-    """Returns X, Y, mask (problem, 1, seed, size, size), rest (problem, 1, seed) and M (seed, size, size).
-
-    The loss is L(W) = |mask * (X W - Y)|^2 / 2 + rest; M is the matrix to be found.
-    """
-    parts = {name: [] for name in LOSSES}  # name: (X, Y, mask, rest) of each seed
-    targets = []
-    eye = torch.eye(size)
-    ones = torch.ones(size, size)
-    zero = torch.zeros(())
-    for seed in range(seeds):
-        g = torch.Generator().manual_seed(seed)
-        U, V = torch.linalg.qr(torch.randn(2, size, size, generator=g)).Q
-        s = 2 * torch.arange(rank, rank - size, -1).clamp(min=0) / rank
-        M = U * s @ V
-        targets.append(M)
-        parts["recovery"].append((eye, M, ones, zero))
-
-        X = torch.randn(samples, size, generator=g) / math.sqrt(samples)
-        Y = X @ M + label_noise * torch.randn(samples, size, generator=g) / math.sqrt(samples)
-        Q, R = torch.linalg.qr(X)  # |X W - Y|^2 = |R W - Q^T Y|^2 + |Y - Q Q^T Y|^2
-        rest = (Y - Q @ (Q.T @ Y)).square().sum() / 2
-        parts["regression"].append((R, Q.T @ Y, ones, rest))
-
-        seen = (torch.rand(size, size, generator=g) < observed).double()
-        parts["completion"].append((eye, M, seen, zero))
-
-    stacked = []
-    for i in range(4):
-        over_seeds = [torch.stack([part[i] for part in parts[name]]) for name in names]
-        stacked.append(torch.stack(over_seeds)[:, None])
-    return *stacked, torch.stack(targets)
+    """As problems() of nanorank/factorised.py, with the settings."""
+    return problems(names, seeds, size, rank, samples, label_noise, observed)
 
 
 def train(names, name, depth, noise, advance=lambda: None):
@@ -162,63 +132,80 @@ def train(names, name, depth, noise, advance=lambda: None):
 
 def matrices(names):
     """All runs of --runs: writes the four CSV files, prints rates and errors."""
-    todo, strengths = parse_runs(), parse_numbers("lams")
+    todo = parse_runs()
     target = torch.linalg.svdvals(make_problems(names)[-1])  # (seed, size)
-    # a step takes time in proportion to its products of matrices
+    # a step's time is proportional to its products of matrices
     costs = [depth * (4 if name == "flow" else 1) for name, depth, _ in todo]
     total = sum((schedule(run[0])[0] + 1) * cost for run, cost in zip(todo, costs))
+
     curves, spectra, rates, predictions = [], [], [], []
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=total, disable=None, bar_format=form) as bar:
-        for (name, depth, noise), cost in zip(todo, costs):
+        for run, cost in zip(todo, costs):
+            name, depth, noise = run
             bar.set_description(f"{name}, depth {depth}")
-            t, steps, log = train(names, name, depth, noise, lambda cost=cost: bar.update(cost))
-            rate = measured_rate(t, log["discrepancy"])
-            left = log["discrepancy"][-1] / log["discrepancy"][0]
-            values = {key: x.tolist() for key, x in log.items()}  # [step][problem][lam][seed]
+            t, steps, log = train(names, *run, lambda cost=cost: bar.update(cost))
+            discrepancy = log["discrepancy"]
+            s = log.pop("s").permute(1, 2, 3, 0, 4)  # (problem, lam, seed, n, size)
+
+            curve = frame(names, run, step=steps)
+            curve["t"] = np.resize(t, len(curve))
+            for column, x in log.items():
+                curve[column] = x.permute(1, 2, 3, 0).flatten()
+            curve["grad_noise"] = noise
+            curves.append(curve)
+
+            spectrum = frame(names, run, step=steps, i=range(size))
+            spectrum["s"] = s.flatten()
+            spectrum["s_target"] = target[:, None].expand(s.shape).flatten()
+            spectrum["grad_noise"] = noise
+            spectra.append(spectrum)
+
             predictable = name != "adamw" or depth == 2
-
-            for p, k, seed in np.ndindex(*rate.shape):
-                lam = strengths[k]
-                key = {"problem": names[p], "optimizer": name, "depth": depth, "lam": lam, "seed": seed}
-                s_target = target[seed].tolist()
-                for n, step in enumerate(steps):
-                    at = {column: x[n][p][k][seed] for column, x in values.items()}
-                    s = at.pop("s")
-                    for i in range(size):
-                        spectra.append({**key, "step": step, "i": i, "s": s[i], "s_target": s_target[i],
-                                        "grad_noise": noise})
-                    curves.append({**key, "step": step, "t": t[n].item(), **at, "grad_noise": noise})
+            errors = []
+            rate = frame(names, run)
+            for row, s_end in zip(rate.itertuples(), s[..., -1, :].flatten(0, 2)):
                 error = ""
-                if names[p] == "recovery" and predictable:
-                    s = log["s"][-1, p, k, seed]
-                    error = (s - expected(name, target[seed], lam, depth, noise)).abs().max().item()
-                rates.append({
-                    **key, "grad_noise": noise,
-                    "rate": rate[p, k, seed].item(), "predicted": predicted_rate(name, lam),
-                    "left": left[p, k, seed].item(), "error": error,
-                })
-
+                if row.problem == "recovery" and predictable:
+                    s_expected = expected(name, target[row.seed], row.lam, depth, noise)
+                    error = (s_end - s_expected).abs().max().item()
+                errors.append(error)
+            rate["grad_noise"] = noise
+            rate["rate"] = measured_rate(t, discrepancy).flatten()
+            rate["predicted"] = [predicted_rate(name, lam) for lam in rate.lam]
+            rate["left"] = (discrepancy[-1] / discrepancy[0]).flatten()
+            rate["error"] = errors
+            rates.append(rate)
             if predictable:
-                predictions += prediction_rows(name, depth, noise, target[0], max(strengths))
+                predictions += prediction_rows(run, target[0])
 
-    save("curves.csv", curves)
-    save("spectra.csv", spectra)
+    rates = pd.concat(rates)
+    save("curves.csv", pd.concat(curves))
+    save("spectra.csv", pd.concat(spectra))
     save("rates.csv", rates)
-    save("predictions.csv", predictions)
+    save("predictions.csv", pd.DataFrame(predictions))
 
-    table = pd.DataFrame(rates)
-    decayed = table[table.lam > 0]
+    decayed = rates[rates.lam > 0]
     print_means("rate of the discrepancy / predicted rate", decayed, decayed.rate / decayed.predicted, ".4f")
-    recovery = table[table.error != ""]
+    recovery = rates[rates.error != ""]
     title = "largest distance of a singular value of recovery from its prediction"
     print_means(title, recovery, recovery.error, ".2g")
 
 
-def prediction_rows(name, depth, noise, m, largest):
-    """Rows of predictions.csv: the expected singular values for 100 lam from 0 to the largest."""
+def frame(names, run, **more):
+    """The first columns of a run's table, with a row for each problem, lam, seed and value of `more`."""
+    axes = {"problem": names, "lam": parse_numbers("lams"), "seed": range(seeds), **more}
+    table = pd.MultiIndex.from_product(axes.values(), names=axes).to_frame(index=False)
+    table.insert(1, "optimizer", run[0])
+    table.insert(2, "depth", run[1])
+    return table
+
+
+def prediction_rows(run, m):
+    """The rows of predictions.csv of one run: expected singular values for 100 lam."""
+    name, depth, noise = run
     rows = []
-    for lam in np.linspace(0, largest, 100).tolist():
+    for lam in np.linspace(0, max(parse_numbers("lams")), 100).tolist():
         for i, s in enumerate(expected(name, m, lam, depth, noise).tolist()):
             rows.append({"optimizer": name, "depth": depth, "grad_noise": noise, "lam": lam, "i": i, "s": s})
     return rows
@@ -228,15 +215,15 @@ def print_means(title, table, values, form):
     """Means over seeds, a line for each run and problem, a column for each lam."""
     if table.empty:
         return
-    keys = [table[name] for name in ("optimizer", "depth", "grad_noise", "problem", "lam")]
-    means = values.astype(float).groupby(keys, sort=False).mean().unstack()
+    by = [table[name] for name in ("optimizer", "depth", "grad_noise", "problem", "lam")]
+    means = values.astype(float).groupby(by, sort=False).mean().unstack()
     print(f"\n{title}, mean over seeds")
     print(means.map(lambda x: format(x, form)).to_string())
 
 
-def save(name, rows):
-    """OUT_DIR/name from rows, floats to six digits."""
-    rounded = [{key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows]
+def save(name, table):
+    """Writes a DataFrame as OUT_DIR/name, floats to six digits."""
+    rounded = table.map(lambda x: f"{x:.6g}" if isinstance(x, float) else x)
     write_csv(os.path.join(out_dir, name), rounded)
 
 # ----------------------------------------------------------------------------------------- scalars
@@ -287,7 +274,7 @@ def scalars():
                 A = update(name, A, dL, lam, lr(step), state, step, beta, beta2, eps)
                 t += lr(step)
             ends += rows[-len(lam):]
-    save("scalars.csv", rows)
+    save("scalars.csv", pd.DataFrame(rows))
     columns = ["form", "optimizer", "grad_noise", "lam", "w1", "w2", "w1_expected", "w2_expected"]
     print(pd.DataFrame(ends)[columns].to_string(index=False, float_format="{:.4f}".format))
 
@@ -297,8 +284,7 @@ def check_settings():
     """Raises UserError that names the setting, its value and what it should be."""
     if problem != "scalars" and not set(problem.split(",")) <= set(LOSSES):
         raise UserError(f"--problem={problem}: expects scalars, or a list of {', '.join(LOSSES)}")
-    least = {"seeds": 1, "size": 1, "rank": 1, "points": 2, "samples": size,
-             "init": 0, "label_noise": 0, "scalar_noise": 0}
+    least = {"seeds": 1, "size": 1, "rank": 1, "points": 2, "samples": size, "scalar_noise": 0}
     for name, bound in least.items():
         if globals()[name] < bound:
             raise UserError(f"--{name}={globals()[name]} must be at least {bound}")

@@ -289,7 +289,7 @@ def test_rand_augment_does_not_depend_on_the_batch():
 
 
 def test_rand_augment_is_its_operations():
-    """Every result is one of the 16 operations' (either sign), each about as often; layers follow each other."""
+    """Every result is one of the 16 operations', each about as often; layers follow each other."""
     x, numbers = photos(1, 32).expand(1600, -1, -1, -1), np.arange(1600)
     y = rand_augment(x, 0, numbers, layers=1, magnitude=8)
     counts = {}
@@ -318,8 +318,9 @@ def test_operations_at_224_are_big_visions():
     one = np.ones(1)
     arguments = {f.__name__: a for f, a in operations(10, 224, 224, one, one, one).items()}
     assert list(arguments) == [
-        "auto_contrast", "equalize", "invert", "rotate", "posterize", "solarize", "color", "contrast", "brightness",
-        "sharpness", "shear_x", "shear_y", "translate_x", "translate_y", "cutout", "solarize_add"]
+        "auto_contrast", "equalize", "invert", "rotate", "posterize", "solarize",
+        "color", "contrast", "brightness", "sharpness",
+        "shear_x", "shear_y", "translate_x", "translate_y", "cutout", "solarize_add"]
     assert arguments["rotate"][0] == 30
     assert arguments["posterize"] == (4,) and arguments["solarize"] == (256,)
     assert arguments["color"] == pytest.approx((1.9,)) and arguments["sharpness"] == pytest.approx((1.9,))
@@ -379,7 +380,7 @@ def test_mix(alphas):
 
 
 def test_mix_shares():
-    """Mixup's share is max(a, 1 - a), a of Beta(0.2, 0.2); cutmix's counts pixels; with both a coin decides."""
+    """Mixup's share is max(a, 1 - a), a of Beta(0.2, 0.2); cutmix's counts pixels; else a coin decides."""
     n = 4000
     x = torch.zeros(n, 1, 16, 16)
     x[1::2] = 1.0

@@ -460,5 +460,6 @@ def test_post_norm_trains_and_stays(tmp_path, train, data_dir):
     result = train(tmp_path / "post", post_norm=True)
     assert result["post_norm"] is True and result["test_loss"] < 4.5  # ln 257 = 5.5 to begin with
     assert load(tmp_path / "post" / "ckpt.pt")["model_args"]["post_norm"] is True
-    again = {**TINY, "data_dir": data_dir, "out_dir": tmp_path / "post", "init_from": "resume", "max_iters": 30}
+    again = {"data_dir": data_dir, "out_dir": tmp_path / "post", "init_from": "resume", "max_iters": 30}
+    again = {**TINY, **again}
     one_line_exit_2(script("train_lm.py", *flags(**again)), "post_norm was True, is False")

@@ -22,7 +22,7 @@ def few_rows(monkeypatch):
 
 
 def test_recall_is_answerable_and_only_answers_count():
-    """Distinct keys with their values, then queries; a query's target is the value of its key; no other targets."""
+    """Distinct keys with values, then queries; a query's target is the value of its key; no others."""
     x, y = TaskSplit("recall", "train", 32).sample(seed=7, start=3, count=200)
     assert x.shape == y.shape == (200, 32) and x.dtype == y.dtype == np.int64
     assert ((y >= 0).sum(1) == 8).all()
@@ -53,7 +53,8 @@ def test_a_block_size_that_does_not_fit_is_refused(tmp_path):
     for block_size in (18, 4 * KEYS + 4):
         with pytest.raises(UserError, match=f"--block_size={block_size}"):
             TaskSplit("recall", "train", block_size)
-    result = script("train_lm.py", "--dataset=recall", "--block_size=18", f"--out_dir={tmp_path}", "--device=cpu")
+    options = ["--dataset=recall", "--block_size=18", f"--out_dir={tmp_path}", "--device=cpu"]
+    result = script("train_lm.py", *options)
     one_line_exit_2(result, "--block_size=18")
 
 
