@@ -68,11 +68,11 @@ def main(path):
     torch_device = pick_device(device)
     ckpt_path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     checkpoint = load_pt(ckpt_path)
-    name = tokenizer
     try:
         model = load_gpt(checkpoint).to(torch_device).eval()
     except UserError as error:
         raise UserError(f"{ckpt_path}: {error}") from None
+    name = tokenizer
     if name == "auto":
         name = tokenizer_of(path, checkpoint)
     encode, decode, n_tokens = open_tokenizer(name)
