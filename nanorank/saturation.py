@@ -144,7 +144,7 @@ def exponent(curve, layer):
 # ------------------------------------------------------------------------------------------ heads
 
 class Heads:
-    """What the heads of each layer attend to, summed over batches.
+    """Sums over batches of the positions that the heads of each layer attend to.
 
     reach: bool (T, T), where a query (row) may look. places: (T, any), where tokens lie, for distances.
     tie: a position is attended where its weight is at least this share of the row's largest.

@@ -88,5 +88,5 @@ class TaskSplit:
         return x, y
 
     def fingerprint(self):
-        """What tells this data from other data when a run is resumed."""
+        """Tells this data from other data when a run is resumed."""
         return f"{self.meta['tokenizer']} {self.meta['vocab_size']}"

@@ -228,7 +228,7 @@ def check_settings(paths):
 
 
 def measurements(net, last, with_untrained):
-    """What is measured of a checkpoint: a list of (CSV file, init, function that returns the Net).
+    """The measurements of a checkpoint: a list of (CSV file, init, function that returns the Net).
 
     last: the checkpoint is the last of its run. with_untrained: fresh GPTs of its shape are measured too.
     """
