@@ -1,40 +1,44 @@
 """
-Synthetic tasks: rows that are made, not read, each a pure function of (seed, row number). `--dataset=NAME` of train_lm.py takes them.
+Synthetic tasks, whose rows are a pure function of (seed, row number). `--dataset=NAME` of train_lm.py
+takes them.
 
-    split = TaskSplit("recall", "train", block_size=32)     # stands where batches.TokenSplit does for data on disk
-    x, y = split.sample(seed=1337, start=0, count=16)       # inputs and targets (16, 32) int64, -1 where there is no loss
+    split = TaskSplit("recall", "train", block_size=32)   # has the methods of tokens.TokenSplit
+    x, y = split.sample(seed=1337, start=0, count=16)     # inputs, targets (16, 32) int64; -1: no loss there
 
-A new task is a function like recall() and a line in TASKS. Every row of a task has the same number of targets, so that the mean
-over micro-batches and processes is the mean over targets.
+To add a task, write a function like recall() and add it to TASKS. Every row of a task must have the
+same number of targets, so that the mean over micro-batches and processes is the mean over targets.
 """
 import numpy as np
 
 from nanorank.errors import UserError
-from nanorank.rng import hash64, mix64
+from nanorank.rng import GAMMA, hash64, mix64, to_unit
 from nanorank.tokens import IGNORE
 
-EVAL_ROWS = 4096  # of val and of test
-
-# --------------------------------------------------------------------------------------------------------------------- tasks
-
-KEYS, VALUES = 16, 16  # tokens 0 ... KEYS - 1 are keys, the next VALUES are values
+EVAL_ROWS = 4096         # of val and of test
+TRAIN_ROWS = 2**40       # more than any run sees
+KEYS, VALUES = 16, 16    # recall: tokens 0 ... KEYS - 1 are keys, the next VALUES are values
 
 
 def recall(random, block_size):
-    """Associative recall: block_size / 4 pairs of a key and its value, then as many queries, keys drawn from these, each followed by
-    its value: the target. Keys of a row's pairs are distinct, values any.
+    """Associative recall: block_size / 4 pairs of a key and its value, then as many queries.
 
-    random(k): (rows, k) numbers, uniform in [0, 1). Returns inputs and targets (rows, block_size).
+    A query is one of these keys, followed by its value, which is the target. The keys of a row's pairs
+    are distinct, values any. random(k): (rows, k) numbers, uniform in [0, 1). Returns inputs and
+    targets (rows, block_size).
     """
     n = block_size // 4
     if block_size % 4 or not 1 <= n <= KEYS:
-        raise UserError(f"--block_size={block_size}: recall has 4 tokens a pair, so wants a multiple of 4 up to {4 * KEYS}")
+        raise UserError(f"--block_size={block_size}: recall has 4 tokens a pair, "
+                        f"so it needs a multiple of 4 up to {4 * KEYS}")
     keys = random(KEYS).argsort(1)[:, :n]
     values = KEYS + (VALUES * random(n)).astype(np.int64)
     asked = (n * random(n)).astype(np.int64)
+
     x = np.empty((len(keys), 4 * n), dtype=np.int64)
-    x[:, 0:2 * n:2], x[:, 1:2 * n:2] = keys, values
-    x[:, 2 * n::2], x[:, 2 * n + 1::2] = np.take_along_axis(keys, asked, 1), np.take_along_axis(values, asked, 1)
+    x[:, 0:2 * n:2] = keys
+    x[:, 1:2 * n:2] = values
+    x[:, 2 * n::2] = np.take_along_axis(keys, asked, 1)
+    x[:, 2 * n + 1::2] = np.take_along_axis(values, asked, 1)
     y = np.full_like(x, IGNORE)
     y[:, 2 * n::2] = x[:, 2 * n + 1::2]
     return x, y
@@ -42,16 +46,20 @@ def recall(random, block_size):
 
 TASKS = {"recall": (KEYS + VALUES, recall)}  # name: (vocabulary size, function)
 
-# -------------------------------------------------------------------------------------------------------------------- splits
 
 class TaskSplit:
-    """One split of a task, with the attributes and methods of batches.TokenSplit; val and test are the same whatever the seed."""
+    """One split of a task, with the attributes and methods of TokenSplit.
+
+    val and test do not depend on the seed.
+    """
 
     def __init__(self, task, split, block_size):
-        self.block_size, self.split = block_size, split
+        self.block_size = block_size
+        self.split = split
         vocab_size, self.make = TASKS[task]
         self.meta = {"tokenizer": task, "vocab_size": vocab_size}
-        self.n_windows = self.n_rows = 2**40 if split == "train" else EVAL_ROWS  # train: more than any run sees
+        self.n_rows = TRAIN_ROWS if split == "train" else EVAL_ROWS
+        self.n_windows = self.n_rows
         self.n_tokens = self.n_rows * block_size
         self.rows(np.arange(1))  # a block_size that does not fit fails here
 
@@ -60,11 +68,12 @@ class TaskSplit:
         state = mix64(np.uint64(key) + index.astype(np.uint64))[:, None]
         used = 0
 
-        def random(k):
+        def random(k):  # splitmix64, a generator for each row
             nonlocal used
-            step = np.arange(used + 1, used + k + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            step = np.arange(used + 1, used + k + 1, dtype=np.uint64)
             used += k
-            return (mix64(state + step) >> np.uint64(11)) * 2.0**-53  # splitmix64, a generator for each row
+            return to_unit(mix64(state + step * np.uint64(GAMMA)))
+
         return self.make(random, self.block_size)
 
     def sample(self, seed, start, count):
@@ -72,11 +81,12 @@ class TaskSplit:
         return self.generate(hash64(hash64(seed)), np.arange(start, start + count))
 
     def rows(self, index):
-        """Rows number index of this split; an index of -1 is a row of padding, its targets IGNORE."""
-        x, y = self.generate(hash64(("train", "val", "test").index(self.split)), index)
+        """Rows number index of this split. An index of -1 is a row of padding, its targets IGNORE."""
+        key = hash64(("train", "val", "test").index(self.split))
+        x, y = self.generate(key, index)
         y[index < 0] = IGNORE
         return x, y
 
     def fingerprint(self):
-        """What tells this data from other data when a run is resumed."""
+        """Tells this data from other data when a run is resumed."""
         return f"{self.meta['tokenizer']} {self.meta['vocab_size']}"

@@ -10,13 +10,13 @@ import torch
 
 from configurator import configure
 from model import load_gpt
-from nanorank.device import init_dist
+from nanorank.device import pick_device
 from nanorank.errors import UserError, user_errors
 from nanorank.files import load_pt
 from nanorank.tokens import read_meta
 
 prompt = "\n"           # text to continue
-tokenizer = "auto"      # byte or a tiktoken encoding (gpt2); auto: that of the data set the checkpoint was trained on
+tokenizer = "auto"      # byte or a tiktoken encoding (gpt2); auto: that of the checkpoint's data set
 max_new_tokens = 300    # tokens to sample
 num_samples = 1         # continuations
 temperature = 0.8       # 0 takes the likeliest token
@@ -25,45 +25,66 @@ seed = 1337             # of the sampling
 device = "auto"         # auto, cpu, cuda, mps
 
 
-def codec(name):
+def open_tokenizer(name):
     """(encode, decode, vocabulary size without padding) of a tokenizer by name."""
     if name == "byte":
-        return lambda text: list(text.encode()), lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace"), 257
+        def encode(text):
+            return list(text.encode())
+
+        def decode(ids):
+            return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+        return encode, decode, 257
+
     import tiktoken
     try:
         encoding = tiktoken.get_encoding(name)
     except Exception as error:  # an unknown name, or no network
-        raise UserError(f"tokenizer {name}: {error}; offline, set TIKTOKEN_CACHE_DIR to a folder that holds its files") from None
+        raise UserError(f"tokenizer {name}: {error}; offline, set TIKTOKEN_CACHE_DIR "
+                        "to a folder that holds its files") from None
     return encoding.encode_ordinary, encoding.decode, encoding.n_vocab
 
 
+def tokenizer_of(path, checkpoint):
+    """The name of the tokenizer of the data that a checkpoint was trained on."""
+    config = checkpoint.get("config")
+    if not isinstance(config, dict):
+        config = {}
+    folder = os.path.join(str(config.get("data_dir", "data")), str(config.get("dataset", "")))
+    if not os.path.exists(os.path.join(folder, "meta.json")):
+        raise UserError(f"{path} does not tell its tokenizer ({folder} is not there): "
+                        "give --tokenizer=gpt2 or byte")
+    return read_meta(folder)["tokenizer"]
+
+
 def main(path):
-    with user_errors("sample.py"):
-        world = init_dist(device)
-        file = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
-        checkpoint = load_pt(file)
-        try:
-            model = load_gpt(checkpoint).to(world.device).eval()
-        except ValueError as error:
-            raise UserError(f"{file}: {error}") from None
-        name = tokenizer
-        if name == "auto":
-            config = checkpoint.get("config")
-            config = config if isinstance(config, dict) else {}
-            folder = os.path.join(str(config.get("data_dir", "data")), str(config.get("dataset", "")))
-            if not os.path.exists(os.path.join(folder, "meta.json")):
-                raise UserError(f"{path} does not tell its tokenizer ({folder} is not there): give --tokenizer=gpt2 or byte")
-            name = read_meta(folder)["tokenizer"]
-        encode, decode, n_tokens = codec(name)
-        if not prompt or num_samples < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 0:
-            raise UserError("--prompt must not be empty, --num_samples and --max_new_tokens at least 1, --temperature and --top_k not negative")
-        idx = torch.tensor([encode(prompt)] * num_samples, device=world.device)
-        if int(idx.max()) >= model.args["vocab_size"]:
-            raise UserError(f"tokenizer {name} does not fit the model's vocabulary of {model.args['vocab_size']}")
-        try:
-            texts = model.generate(idx, max_new_tokens, temperature, top_k, n_tokens, torch.Generator(world.device).manual_seed(seed))
-        except ValueError as error:
-            raise UserError(f"{file}: {error}") from None
+    if not prompt:
+        raise UserError("--prompt must not be empty")
+    if num_samples < 1 or max_new_tokens < 1:
+        raise UserError("--num_samples and --max_new_tokens must be at least 1")
+    if temperature < 0 or top_k < 0:
+        raise UserError("--temperature and --top_k must not be negative")
+
+    torch_device = pick_device(device)
+    ckpt_path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    checkpoint = load_pt(ckpt_path)
+    try:
+        model = load_gpt(checkpoint).to(torch_device).eval()
+    except UserError as error:
+        raise UserError(f"{ckpt_path}: {error}") from None
+    name = tokenizer
+    if name == "auto":
+        name = tokenizer_of(path, checkpoint)
+    encode, decode, n_tokens = open_tokenizer(name)
+
+    idx = torch.tensor([encode(prompt)] * num_samples, device=torch_device)
+    if int(idx.max()) >= model.args["vocab_size"]:
+        raise UserError(f"tokenizer {name} does not fit the model's vocabulary of {model.args['vocab_size']}")
+    generator = torch.Generator(torch_device).manual_seed(seed)
+    try:
+        texts = model.generate(idx, max_new_tokens, temperature, top_k, n_tokens, generator)
+    except UserError as error:
+        raise UserError(f"{ckpt_path}: {error}") from None
     for ids in texts:
         print(decode(ids.tolist()), end="\n---------------\n")
 
@@ -72,5 +93,6 @@ if __name__ == "__main__":
     paths = configure(globals(), positional="CKPT")
     with user_errors("sample.py"):
         if len(paths) != 1:
-            raise UserError(f"expects one checkpoint, got {len(paths)}: python -m scripts.sample out/demo-0; --help lists the settings")
-    main(paths[0])
+            raise UserError(f"expects one checkpoint, got {len(paths)}: "
+                            "python -m scripts.sample out/demo-0; --help lists the settings")
+        main(paths[0])

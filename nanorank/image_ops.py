@@ -1,0 +1,212 @@
+"""
+Pillow's image operations on batches of images, on any device: uint8 (n, 3, H, W) -> the same.
+
+    y = rotate(x, 30.0)                          # all images alike
+    y = posterize(x, np.array([4, 7, 8]))        # an argument for each of three images
+
+Arguments are numbers, or arrays on the host with one entry an image. The reference of every operation
+is Pillow, to the bit; tests/test_augment.py compares them.
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+GREY = 128  # fills what comes in from beyond the image's edge
+
+
+def to_device(values, device):
+    """A tensor on `device` from a tensor or an array on the host. The host does not wait for the copy."""
+    if torch.is_tensor(values):
+        return values.to(device, non_blocking=True)
+    values = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
+def per_image(values, device, dtype):
+    """A number as it is; an array (n,) as a tensor (n, 1, 1, 1)."""
+    if np.ndim(values) == 0:
+        return values
+    return to_device(np.asarray(values, dtype=dtype), device)[:, None, None, None]
+
+# ------------------------------------------------------------------------------------------ levels
+
+def auto_contrast(x):
+    """Each channel of each image stretched linearly to 0 ... 255 (ImageOps.autocontrast)."""
+    # Pillow computes in float64; mps has none, and may miss by 1
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    lo = x.flatten(2).amin(2, keepdim=True).to(exact)  # (n, 3, 1)
+    hi = x.flatten(2).amax(2, keepdim=True).to(exact)
+    # torch's 255 / tensor multiplies by the reciprocal, which is not quite the same
+    scale = torch.full_like(hi, 255) / (hi - lo)
+    scale = torch.where(hi > lo, scale, 1)
+    offset = torch.where(hi > lo, -lo * scale, 0)
+    level = torch.arange(256, dtype=exact, device=x.device)
+    table = (level * scale + offset).clamp_(0, 255).to(torch.uint8)  # (n, 3, 256)
+    return table.gather(2, x.flatten(2).long()).view_as(x)
+
+
+def equalize(x):
+    """Each channel of each image with its histogram made flat (ImageOps.equalize)."""
+    index = x.flatten(2).long()  # (n, 3, H * W)
+    one = torch.ones((), dtype=torch.int32, device=x.device)
+    counts = torch.zeros(*index.shape[:2], 256, dtype=torch.int32, device=x.device)
+    counts.scatter_add_(2, index, one.expand_as(index))
+
+    # pixels of the brightest level do not count in the step
+    brightest = counts.gather(2, x.flatten(2).amax(2, keepdim=True).long())
+    step = (index.shape[2] - brightest) // 255
+    darker = counts.cumsum(2) - counts  # pixels below each level
+    table = ((darker + step // 2) // step.clamp(min=1)).clamp_(max=255)
+    level = torch.arange(256, device=x.device)
+    table = torch.where(step > 0, table, level).to(torch.uint8)
+    return table.gather(2, index).view_as(x)
+
+
+def invert(x):
+    """ImageOps.invert."""
+    return 255 - x
+
+
+def posterize(x, bits):
+    """The upper `bits` (0 ... 8) of each value (ImageOps.posterize)."""
+    return x & per_image(256 - (1 << 8 - bits), x.device, np.uint8)
+
+
+def solarize(x, threshold):
+    """Values of `threshold` (0 ... 256) and above inverted (ImageOps.solarize)."""
+    return torch.where(x.short() < per_image(threshold, x.device, np.int16), x, 255 - x)
+
+
+def solarize_add(x, addition):
+    """`addition` added to values below 128. Pillow has no such operation."""
+    raised = (x.short() + per_image(addition, x.device, np.int16)).clamp_(0, 255).to(torch.uint8)
+    return torch.where(x < 128, raised, x)
+
+# ------------------------------------------------------------------------------------- enhancement
+
+def blend(degenerate, x, factor):
+    """degenerate + factor * (x - degenerate), clipped and truncated: Image.blend, in its float32."""
+    difference = x.float().sub_(degenerate)
+    difference.mul_(per_image(factor, x.device, np.float32))
+    return difference.add_(degenerate).clamp_(0, 255).to(torch.uint8)
+
+
+def luma(x):
+    """Image.convert("L") of RGB: ITU-R 601-2 in 16 bits of fixed point. int32 (n, 1, H, W)."""
+    red, green, blue = x.split(1, dim=1)
+    grey = red.int().mul_(19595).add_(green, alpha=38470).add_(blue, alpha=7471)
+    return grey.add_(0x8000).bitwise_right_shift_(16)
+
+
+def color(x, factor):
+    """From grey (0) over the image (1) to more colour (ImageEnhance.Color)."""
+    return blend(luma(x).float(), x, factor)
+
+
+def contrast(x, factor):
+    """From its mean grey (0) over the image (1) to more contrast (ImageEnhance.Contrast).
+
+    big_vision's TensorFlow divides the sum of the grey values' histogram, which is the number of
+    pixels, by 256: its mean grey depends on the image's size alone. Here it is the mean.
+    """
+    pixels = x.shape[2] * x.shape[3]
+    total = luma(x).sum((2, 3), keepdim=True)
+    mean = (2 * total + pixels) // (2 * pixels)  # rounded
+    return blend(mean.float(), x, factor)
+
+
+def brightness(x, factor):
+    """From black (0) over the image (1) to brighter (ImageEnhance.Brightness)."""
+    return blend(0.0, x, factor)
+
+
+def sharpness(x, factor):
+    """From smoothed (0) over the image (1) to sharper (ImageEnhance.Sharpness).
+
+    Smoothed: the mean over 3 x 3 pixels, the central one counted five times, rounded (big_vision's TensorFlow
+    truncates). The outermost pixels stay as they are.
+    """
+    smooth = x.float()
+    if min(x.shape[2:]) > 2:
+        inner = smooth[:, :, 1:-1, 1:-1]
+        rows = (smooth[:, :, :-2] + smooth[:, :, 1:-1]).add_(smooth[:, :, 2:])
+        total = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(inner, alpha=4)
+        # sums are whole numbers, so float32's error never crosses a step
+        inner.copy_(total.add_(6.5).mul_(1 / 13).floor_())
+    return blend(smooth, x, factor)
+
+# ---------------------------------------------------------------------------------------- geometry
+
+def affine(x, matrix):
+    """Image.transform(AFFINE, NEAREST): output pixel (i, j) is the input's at matrix @ (j, i, 1), else GREY.
+
+    matrix: float64 (n, 6) or (6,), on the host, gives (column, row). Pillow's pixels are centred on
+    halves, and its sums have 16 bits of fraction.
+    """
+    n, _, H, W = x.shape
+    a, b, c, d, e, f = np.asarray(matrix, dtype=np.float64).T
+    # + 1: the input gets a margin of one grey pixel
+    c = c + 0.5 * a + 0.5 * b + 1
+    f = f + 0.5 * d + 0.5 * e + 1
+    fixed = np.stack([a, b, c, d, e, f], axis=-1).reshape(-1, 6, 1, 1)
+    fixed = np.floor(fixed * 65536 + 0.5).astype(np.int32)
+    a, b, c, d, e, f = to_device(fixed, x.device).unbind(1)  # (n or 1, 1, 1)
+
+    i = torch.arange(H, dtype=torch.int32, device=x.device)[:, None]
+    j = torch.arange(W, dtype=torch.int32, device=x.device)
+    column = (a * j + (b * i + c)).bitwise_right_shift_(16).clamp_(0, W + 1)
+    row = (d * j + (e * i + f)).bitwise_right_shift_(16).clamp_(0, H + 1)
+    index = row.mul_(W + 2).add_(column).long()
+    index = index.view(-1, 1, H * W).expand(n, x.shape[1], H * W)
+    return F.pad(x, (1, 1, 1, 1), value=GREY).flatten(2).gather(2, index).view_as(x)
+
+
+def rotate(x, degrees):
+    """Counter-clockwise about the centre (Image.rotate, NEAREST)."""
+    angle = -np.radians(np.asarray(degrees, dtype=np.float64) % 360)
+    cos = np.round(np.cos(angle), 15)
+    sin = np.round(np.sin(angle), 15)
+    j = x.shape[3] / 2  # the centre stays where it is
+    i = x.shape[2] / 2
+    matrix = [cos, sin, j - (cos * j + sin * i), -sin, cos, i - (cos * i - sin * j)]
+    return affine(x, np.stack(matrix, axis=-1))
+
+
+def affine_one(x, entry, values):
+    """affine with the identity matrix but for one entry, whose value is given."""
+    matrix = np.zeros((*np.shape(values), 6)) + (1, 0, 0, 0, 1, 0)
+    matrix[..., entry] = values
+    return affine(x, matrix)
+
+
+def shear_x(x, slope):
+    """Each row moved left by slope times its distance from the top."""
+    return affine_one(x, 1, slope)
+
+
+def shear_y(x, slope):
+    """Each column moved up by slope times its distance from the left."""
+    return affine_one(x, 3, slope)
+
+
+def translate_x(x, pixels):
+    """Moved left."""
+    return affine_one(x, 2, pixels)
+
+
+def translate_y(x, pixels):
+    """Moved up."""
+    return affine_one(x, 5, pixels)
+
+
+def cutout(x, row, column, half):
+    """Grey in a square of side 2 * half about (row, column), as far as it is in the image."""
+    i = torch.arange(x.shape[2], device=x.device)[:, None]
+    j = torch.arange(x.shape[3], device=x.device)
+    row = per_image(row, x.device, np.int64)
+    column = per_image(column, x.device, np.int64)
+    in_rows = (i >= row - half) & (i < row + half)
+    in_columns = (j >= column - half) & (j < column + half)
+    return x.masked_fill(in_rows & in_columns, GREY)
