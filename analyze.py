@@ -36,7 +36,7 @@ from nanorank.truncate import save_truncated, truncatable
 
 # what is measured
 out_dir = "out/analysis"  # where the CSV files and the figures go
-threshold = 0.95  # rank95 is the smallest k with s_1 + ... + s_k >= 0.95 * sum(s)
+threshold = 0.95  # of the threshold rank: rank95 is the smallest k with s_1 + ... + s_k >= 0.95 * sum(s)
 exact = False  # QR of every head: singular values to 1e-13 of the largest instead of 1e-7
 device = "auto"  # where the spectra are computed: auto, cpu, cuda
 norms = True  # norms.csv, which reads all tensors; without it attention's alone (.pt, .bin once whole)
@@ -132,7 +132,7 @@ def run_name(path, files):
 
 
 def write_table(name, rows):
-    """Writes OUT_DIR/NAME.csv, with the column `stack` only if a model has several. Returns its path."""
+    """Writes OUT_DIR/NAME.csv, with the column `stack` only if a model has several. Returns the path."""
     table = pd.DataFrame(rows, dtype=object)
     if "stack" in table and not any(table["stack"]):
         table = table.drop(columns="stack")
@@ -140,7 +140,7 @@ def write_table(name, rows):
 
 
 def check_settings(paths, files):
-    """Raises UserError for settings that do not fit together, or not these files."""
+    """Raises UserError for settings that do not fit together, or do not fit the files."""
     if not paths:
         raise UserError("which checkpoint? python analyze.py out/lm/ckpt.pt; --help lists the settings")
     rank_name(threshold)
@@ -149,7 +149,6 @@ def check_settings(paths, files):
             raise UserError(f"--{name}={globals()[name]} must not be negative")
     if layers and not re.fullmatch(r"\d+(,\d+)*", layers):
         raise UserError(f"--layers={layers}: expects numbers separated by commas")
-
     if (truncate > 0) != bool(save):
         raise UserError("--truncate=0.95 and --save=FILE go together")
     if save:
@@ -158,14 +157,13 @@ def check_settings(paths, files):
             raise UserError(f"--save={save} is there already")
         if len(files) != 1:
             raise UserError(f"--truncate takes one checkpoint, not {len(files)}")
-
     runs = {run_name(path, files) for path in files}
     if compare and len(runs) != 2:
         raise UserError(f"--compare takes two runs or checkpoints, not {len(runs)}")
 
 
 def check_heads(ckpt, modules, shown_layers):
-    """What told the number of heads. Raises UserError if --n_head or --layers do not fit the checkpoint."""
+    """Returns what told the number of heads. Raises UserError if --n_head or --layers do not fit."""
     counts, sources = zip(*(ckpt.heads_of(module) for module in modules))
     source = ", ".join(dict.fromkeys(sources))
     if n_head and n_head not in counts:
@@ -180,9 +178,10 @@ def check_heads(ckpt, modules, shown_layers):
 # printed tables
 
 def heads_table(rows, files):
-    """The rows of heads.csv as a DataFrame with two columns more: `run`, and `label` (layer and product)."""
+    """The rows of heads.csv as a DataFrame with two more columns: `run` and `label` (layer 3 qk)."""
     table = pd.DataFrame(rows)
-    table["run"] = [run_name(path, files) for path in table["checkpoint"]]
+    runs = {path: run_name(path, files) for path in table["checkpoint"].unique()}
+    table["run"] = table["checkpoint"].map(runs)
     label = table["stack"] + " layer " + table["layer"].astype(str) + " " + table["product"]
     table["label"] = label.str.strip()
     return table
@@ -196,13 +195,13 @@ def layer_means(heads, columns):
 
 
 def print_heads(run, heads, source, remarks):
-    """The metrics of one checkpoint by layer; how its heads were counted, and what was left out."""
+    """The metrics of a run's last checkpoint by layer, and remarks on what was left out."""
     columns = [rank_name(threshold), "stable_rank", "effective_rank", "nuclear", "half_sq_norm"]
     columns += ["gap", "gap_gaussian", "imbalance"]
     step = heads["step"].iloc[0]
-    step = f", step {step}" if step >= 0 else ""
+    at_step = f", step {step}" if step >= 0 else ""
     widths = "/".join(str(width) for width in sorted(set(heads["d_head"])))
-    print(f"\n{run}{step}: means over heads of width {widths} (how many heads: from {source})")
+    print(f"\n{run}{at_step}: means over heads of width {widths} (how many heads: from {source})")
     print(layer_means(heads, columns).to_string(float_format="%.3f"))
     for remark in remarks:
         print(f"note: {remark}")
@@ -219,7 +218,7 @@ def print_trajectory(run, heads):
 
 
 def print_ignored(paths, files):
-    """Notes a model file beside checkpoints that are folders: it was left out."""
+    """Names a model file that was left out, because it stands beside folders of checkpoints."""
     if not any(os.path.isdir(file) for file in files):
         return
     for path in map(os.path.normpath, paths):
@@ -239,7 +238,7 @@ def print_fits(fits):
     table = pd.DataFrame(fits)
     table = table.pivot_table("r2", index=["run", "group"], columns="function", sort=False)[list(CURVES)]
     best = table.eq(table.max(axis=1), axis=0)
-    cells = table.map("{:.4f}".format) + best.replace({True: "*", False: " "})
+    cells = table.map("{:.4f}".format) + best.map({True: "*", False: " "}.get)
     print("\nR^2 of norm = a f(t) + b over training, * the best (layers: fits.csv)")
     print(cells.reset_index().rename_axis(columns=None).to_string(index=False, col_space=9))
 
@@ -271,10 +270,7 @@ def print_side_by_side(last):
 
 
 def print_comparison(last, configs):
-    """Two checkpoints A and B by layer, their different settings, their results. Returns compare.csv's rows.
-
-    Raises UserError where the layers are not the same.
-    """
+    """Two checkpoints by layer; the settings that differ, the results. Returns the rows of compare.csv."""
     if len(last) != 2:
         raise UserError(f"--compare: both are the same step of {next(iter(last))}")
     (name_a, a), (name_b, b) = last.items()

@@ -27,9 +27,9 @@ ATTENTION = r"attn|attention|EncDec"
 def norm_rows(checkpoint, previous, done=lambda part: None):
     """The rows of norms.csv for one checkpoint, a dict for each group of parameters.
 
-    previous: the checkpoint before it in its run, or None; cos_prev is over the tensors that have the same shape in
-    both. Scalars are left out, and tied weights count once. done(part) is called as the parts of the work are done.
-    Raises UserError for NaN or inf, naming the tensor.
+    previous: the checkpoint before it in its run, or None. cos_prev, the cosine between the two, is
+    over the tensors that have the same shape in both. Scalars are left out; tied weights count once.
+    done(part) is called as parts of the work are done. Raises UserError for NaN or inf, naming the tensor.
     """
     groups = groups_of(checkpoint)
     shapes = checkpoint.shapes
@@ -38,7 +38,7 @@ def norm_rows(checkpoint, previous, done=lambda part: None):
         same = [name for name in batch if previous and previous.shapes.get(name) == shapes[name]]
         return checkpoint.read(batch), previous.read(same) if previous else {}
 
-    # group: p.p, p.q, q.q, p.p of what has a q, numbers of p; q is the previous checkpoint's p
+    # {group: sums of p.p, p.q, q.q, p.p where there is a q, size of p}; q is p in the previous checkpoint
     sums = {}
     for tensors, before in read_ahead(read, batches_of(groups, shapes)):
         for name, p in tensors.items():
@@ -66,15 +66,18 @@ def norm_rows(checkpoint, previous, done=lambda part: None):
 def groups_of(checkpoint):
     """{parameter's name: the groups that it counts in}.
 
-    transformer.h.3.attn.c_attn.weight counts in all, attn and layer_3; transformer.h.3.ln_1.weight in all and layer_3.
-    attn is what is in an attention module, mlp what else is in a block, embed what is in no block (embeddings, patch
-    projection, heads). Norms' own parameters are in none of these three. Layers of several stacks are told apart:
-    encoder_layer_3, decoder_layer_3.
+        transformer.h.3.attn.c_attn.weight    all, attn, layer_3
+        transformer.h.3.mlp.c_fc.weight       all, mlp, layer_3
+        transformer.h.3.ln_1.weight           all, layer_3
+        transformer.wte.weight                all, embed
+
+    attn: in an attention module; mlp: elsewhere in a block; embed: in no block. Parameters of norms are
+    in none of these three. Layers of several stacks are told apart: encoder_layer_3, decoder_layer_3.
     """
     modules = checkpoint.modules()
-    attention = []   # how the names of attention's own parameters begin
-    blocks = {}      # how the names in a block begin, a regular expression: the prefix of its layer's group
-    side_lists = {}  # the same for attentions.3, ffns.3, layer_norm1.3: lists side by side instead of blocks
+    attention = []   # beginnings of the names of attention's parameters
+    blocks = {}      # {beginning of the names in a block, a regular expression: prefix of its layer's name}
+    side_lists = {}  # the same for attentions.3, ffns.3, layer_norm1.3: lists side by side, no blocks
     for module in modules:
         prefix = f"{module.stack}_" if module.stack not in ("", "cross") else ""
         if module.block:
@@ -111,7 +114,7 @@ def groups_of(checkpoint):
 
 
 def batches_of(names, shapes, most=1 << 25):
-    """The names in lists whose tensors hold some 32 M numbers together: one list's are let go before the next."""
+    """The names in lists of some 32 M numbers each, which are in memory together."""
     batches = []
     size = most + 1
     for name in names:
@@ -137,9 +140,9 @@ def dot_products(p, q=None, block=1 << 20):
 
 
 def fit_rows(rows):
-    """The rows of fits.csv: least squares of norm = a f(t) + b over the steps t > 0 of each run and group of norms.csv.
+    """The rows of fits.csv: least squares of norm = a f(t) + b for each run and group in norms.csv's rows.
 
-    A run needs three such steps. Merrill et al. 2021 find norms that grow like sqrt(t).
+    t: the steps above 0, of which a run needs three. Merrill et al. 2021 find growth like sqrt(t).
     """
     series = {}
     for row in rows:

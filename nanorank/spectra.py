@@ -1,39 +1,37 @@
 """
 Singular values of A B^T from its factors, without forming the product, and the metrics of attention heads.
 
-    table = metrics(A, B)         # A, B (..., d, r), torch or numpy -> {"rank95": [...], "stable_rank": [...], ...}
-    s = singular_values(A, B)     # (..., r) float64, descending
-    A, B = qk_factors(W_Q, W_K)   # W_Q, W_K (H, r, d) -> the factors of W_K^T W_Q
-    A, B = ov_factors(W_V, P)     # W_V (H, r, d), P (H, d, r) -> the factors of P W_V
-    log = summary(layers)         # {"attn_rank95_qk": 24.4, ...}: means over heads, for a training log
+    table = metrics(A, B)        # A, B (..., d, r), torch or numpy -> {"rank95": [...], ...}
+    s = singular_values(A, B)    # (..., r) float64, descending
+    A, B = qk_factors(W_Q, W_K)  # W_Q, W_K (H, r, d) -> the factors of W_K^T W_Q
+    A, B = ov_factors(W_V, P)    # W_V (H, r, d), P (H, d, r) -> the factors of P W_V
+    log = summary(layers)        # {"attn_rank95_qk": 24.4, ...}: means over heads
 
-To add a metric, add a line to the dict in `metrics_of`. The metric then appears in the training log and in heads.csv.
-
-The file starts with the definitions and the exact way. The fast way, with its error bound, comes after them.
+A new metric is one line in `metrics_of`: the training log and heads.csv then have it.
+The file opens with the definitions and the exact way. The fast way, with its error bound, comes after.
 """
 import functools
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from threadpoolctl import ThreadpoolController
+from torch.linalg import matrix_norm
 
 from nanorank.errors import UserError
+from nanorank.threads import as_float64, over_heads
 
 EPS = torch.finfo(torch.float64).eps
 EPS32 = torch.finfo(torch.float32).eps
-TOLERANCE = 1e-7    # largest error bound, relative to s_1, that the fast way may have
-BUFFER = 1 << 19    # float64 numbers that a thread converts at a time: 4 MB, a factor of 4096 x 128
+TOLERANCE = 1e-7  # largest error bound, relative to s_1, that the fast way may have
 
 
 def metrics_of(s, AA, BB, d, threshold=0.95):
-    """The metrics of n products A B^T, {name: tensor (n,)}. A new metric is one more line of this dict.
+    """The metrics of n products A B^T: {name: tensor (n,)}.
 
     s (n, r): singular values, descending. AA = A^T A, BB = B^T B (n, r, r). All float64.
     d: rows of A or of B, whichever has more.
 
-        rank95          smallest k with s_1 + ... + s_k >= 0.95 (s_1 + ... + s_r); the name follows the threshold
+        rank95          smallest k with s_1 + ... + s_k >= 0.95 (s_1 + ... + s_r);
+                        rank90 at threshold 0.9, and so on
         numerical_rank  number of s_i > d * eps * s_1, with the eps of float32
         stable_rank     (s_1^2 + ... + s_r^2) / s_1^2
         effective_rank  exp(entropy of s / (s_1 + ... + s_r)) (Roy & Vetterli 2007)
@@ -45,7 +43,7 @@ def metrics_of(s, AA, BB, d, threshold=0.95):
         imbalance       |A^T A - B^T B|_F / (|A^T A|_F + |B^T B|_F)
         norm_A, norm_B  |A|_F, |B|_F
 
-    If A B^T = 0, the ranks are 0. If A = B = 0, all metrics are 0.
+    The ranks are 0 where A B^T = 0. All metrics are 0 where A = B = 0.
     """
     top = s[:, 0]
     nuclear = s.sum(-1)
@@ -73,7 +71,7 @@ def metrics_of(s, AA, BB, d, threshold=0.95):
 def exact_way(A, B, buffer=None):
     """Singular values of A B^T for numpy arrays A (d, r), B (d', r), within 1e-13 of the largest.
 
-    With A = Q_A R_A and B = Q_B R_B, the product is Q_A (R_A R_B^T) Q_B^T, and the matrix in the middle is r x r.
+    A = Q_A R_A and B = Q_B R_B, so A B^T = Q_A (R_A R_B^T) Q_B^T: those of an r x r matrix.
     """
     R_A = np.linalg.qr(as_float64(A), mode="r")
     R_B = np.linalg.qr(as_float64(B), mode="r")
@@ -85,18 +83,13 @@ def ratio(x, y):
     return x / torch.where(y > 0, y, 1.0)
 
 
-def matrix_norm(X):
-    """Frobenius norms of matrices (..., m, n) -> (...)."""
-    return torch.linalg.matrix_norm(X)
-
-
 def norm_from_gram(G):
     """|X|_F from X^T X (..., r, r) -> (...)."""
     return G.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
 
 
 def ranks(s, threshold):
-    """Smallest k with s_1 + ... + s_k >= threshold * (s_1 + ... + s_r), 0 if all are 0; s (..., r), descending -> (...)."""
+    """The threshold rank, 0 where all of s is 0; s (..., r), descending -> (...)."""
     r = s.shape[-1]
     total = s.sum(-1, keepdim=True)
     enough = threshold * total * (1 - r * EPS)  # at threshold 1, rounding must not ask for one more
@@ -105,7 +98,7 @@ def ranks(s, threshold):
 
 
 def rank_name(threshold):
-    """The name of the threshold rank: rank95 for 0.95, rank99.5 for 0.995. Raises UserError outside (0, 1]."""
+    """rank95 for 0.95, rank99.5 for 0.995. Raises UserError outside (0, 1]."""
     if not 0 < threshold <= 1:
         raise UserError(f"threshold {threshold} is not in (0, 1]")
     return f"rank{100 * threshold:.10g}"
@@ -130,16 +123,16 @@ def factors_of(layer):
 
 
 def singular_values(A, B, exact=False):
-    """Singular values of A B^T for A (..., d, r), B (..., d', r): a float64 tensor (..., r), descending.
+    """Singular values of A B^T for A (..., d, r), B (..., d', r): float64 (..., r), descending.
 
-    They are within 1e-7 of the largest, or 1e-13 if exact.
+    Within 1e-7 of the largest, or 1e-13 if exact.
     Raises UserError for shapes that do not fit, and for NaN or inf.
     """
     return measure(A, B, exact=exact)[0]
 
 
 def metrics(A, B, threshold=0.95, exact=False):
-    """The metrics of A B^T (see metrics_of), {name: number, or nested list shaped like the leading dimensions}.
+    """The metrics of A B^T, defined in metrics_of: {name: number, or nested list of the leading shape}.
 
     Raises UserError for shapes that do not fit, and for NaN or inf.
     """
@@ -149,7 +142,7 @@ def metrics(A, B, threshold=0.95, exact=False):
 def measure(A, B, threshold=0.95, exact=False):
     """(singular values, metrics) of A B^T, as singular_values and metrics return them.
 
-    The ranks that count (rank95, numerical_rank) are those of the exact way, whether exact or not.
+    rank95 and numerical_rank are the same whether exact or not.
     """
     A, B, leading = as_heads(A, B)
     d = max(A.shape[1], B.shape[1])
@@ -179,8 +172,8 @@ def svd(A, B):
 
 
 def summary(layers, threshold=0.95):
-    """What a training log holds: the means over all heads of each metric, {"attn_rank95_qk": ..., "attn_gap_ov": ...},
-    and the threshold rank by layer, {"layer0_rank95_qk": ...}.
+    """For a training log: means over all heads of each metric, {"attn_rank95_qk": ..., "attn_gap_ov": ...},
+    and of the threshold rank by layer, {"layer0_rank95_qk": ...}.
 
     layers: an iterable of objects with layer, W_Q, W_K, W_V (H, r, d) and P (H, d, r).
     Raises UserError for NaN or inf, naming layer, product and head.
@@ -195,18 +188,17 @@ def summary(layers, threshold=0.95):
                 raise UserError(f"layer {layer.layer}, {product}: {error}") from None
             for name, values in table.items():
                 heads.setdefault(f"attn_{name}_{product}", []).extend(values)
-            by_layer[f"layer{layer.layer}_{rank}_{product}"] = sum(table[rank]) / len(table[rank])
-    means = {name: sum(values) / len(values) for name, values in heads.items()}
-    return {**means, **by_layer}
+            by_layer[f"layer{layer.layer}_{rank}_{product}"] = table[rank]
+    return {name: sum(values) / len(values) for name, values in {**heads, **by_layer}.items()}
 
 
 def as_heads(A, B):
-    """A, B as tensors (n, d, r), (n, d', r), views where possible, and their leading dimensions.
+    """A (n, d, r), B (n, d', r) as tensors, views where possible, and their leading dimensions.
 
-    Raises UserError where the shapes do not fit.
+    Raises UserError for shapes that do not fit.
     """
     A, B = torch.as_tensor(A).detach(), torch.as_tensor(B).detach()
-    fit = A.ndim >= 2 and A.shape[:-2] == B.shape[:-2] and A.shape[-1] == B.shape[-1]
+    fit = A.ndim == B.ndim >= 2 and A.shape[:-2] == B.shape[:-2] and A.shape[-1] == B.shape[-1]
     if not fit or A.numel() == 0 or B.numel() == 0:
         raise UserError("factors of A B^T must be (..., d, r) and (..., d', r), "
                         f"got {tuple(A.shape)} and {tuple(B.shape)}")
@@ -217,8 +209,9 @@ def as_heads(A, B):
 
 
 def check_finite(AA, BB, leading):
-    """Which heads (n,) are nonzero in both factors. Raises UserError for NaN or inf, naming the head."""
-    norm_A, norm_B = norm_from_gram(AA), norm_from_gram(BB)
+    """Which heads (n,) have two nonzero factors. Raises UserError for NaN or inf, naming the head."""
+    norm_A = norm_from_gram(AA)
+    norm_B = norm_from_gram(BB)
     finite = (norm_A * norm_B).isfinite()
     if not finite.all():
         first = int((~finite).nonzero()[0])
@@ -230,14 +223,15 @@ def check_finite(AA, BB, leading):
 # -----------------------------------------------------------------------------
 # the fast way: Gram matrices alone
 #
-# With L L^T = A^T A, the r x r matrix L^T (B^T B) L has the eigenvalues s^2. Forming A^T A and B^T B is one pass over
-# the factors, but squaring costs half the digits. Each head has an error bound; if it is too large, the exact way
-# does the head again. All in float64: on a CPU by numpy, head by head on a thread per core; on a GPU all heads at once.
+# With L L^T = A^T A, the r x r matrix L^T (B^T B) L has the eigenvalues s^2. A^T A and B^T B
+# take one pass over the factors, but squaring costs half the digits. So each head gets an error
+# bound, and where it is too large the exact way does the head again. All is in float64: on a CPU
+# by numpy, head by head on a thread per core; on a GPU by torch, all heads at once.
 
 def by_gram(A, B):
     """Eigenvalues s^2 (n, r), ascending, and A^T A, B^T B (n, r, r) for A (n, d, r), B (n, d', r).
 
-    A head whose A^T A has no Cholesky factor (zero, or too close to singular) has eigenvalues NaN.
+    The eigenvalues are NaN where A^T A has no Cholesky factor: zero, or too close to singular.
     """
     if A.device.type != "cpu":
         return all_at_once(A, B)
@@ -256,6 +250,16 @@ def gram_way(A, B, buffer):
         return np.full(len(AA), np.nan), AA, BB
 
 
+def gram(X, buffer):
+    """X^T X (r, r) of an array X (d, r) in float64, as many rows at a time as fit into the buffer."""
+    G = 0
+    rows = max(1, len(buffer) // X.shape[1])
+    for i in range(0, len(X), rows):
+        Y = as_float64(X[i:i + rows], buffer)
+        G = G + Y.T @ Y  # numpy sees the symmetry and does half the work
+    return G
+
+
 def all_at_once(A, B):
     """by_gram in batched torch operations, for a GPU."""
     A, B = A.double(), B.double()
@@ -269,21 +273,22 @@ def all_at_once(A, B):
 
 
 def from_squares(squares, AA, BB, live, d, threshold):
-    """Singular values (n, r), descending, from by_gram's eigenvalues; and for which heads (n,) they will not do.
+    """Singular values (n, r), descending, from by_gram's eigenvalues; which heads (n,) need the exact way.
 
-    Rounding moves an eigenvalue s^2 by at most e = 256 eps |A^T A| |B^T B|. (The worst factors that we could make reach
-    180 of the 256; the jitter on A^T A takes 8.) So s moves by at most e / s, and by at most sqrt(e).
+    Rounding moves an eigenvalue s^2 by at most e = 256 eps |A^T A|_F |B^T B|_F. (Of these 256 the
+    worst factors that we could make reach 180; the jitter on A^T A takes 8.) So s moves by at most
+    e / s, and by at most sqrt(e).
     """
     e = (256 * EPS * matrix_norm(AA) * matrix_norm(BB))[:, None]
     s = torch.where(live[:, None], squares.clamp(min=0).sqrt().flip(-1), 0.0)
     bound = torch.where(live[:, None], e / torch.maximum(s, e.sqrt()), 0.0)  # (n, r)
     inaccurate = ~(bound <= TOLERANCE * s[:, :1]).all(-1)  # written so that NaN is inaccurate too
 
-    # the threshold rank hangs on (s_1 + ... + s_k) / sum(s), which can be off by `share`
+    # rank95 compares (s_1 + ... + s_k) / sum(s), which can be off by `share`
     share = (bound.sum(-1) / s.sum(-1).clamp(min=1e-300))[:, None]
     unsure_rank = ranks(s, threshold - share) != ranks(s, threshold + share)
 
-    # the numerical rank counts s_i > cut * s_1
+    # numerical_rank counts s_i > cut * s_1
     cut = d * EPS32
     low, high = (s - bound).clamp(min=0), s + bound
     most = (high > cut * low[:, :1]).sum(-1)
@@ -292,72 +297,14 @@ def from_squares(squares, AA, BB, live, d, threshold):
 
 
 def by_qr(A, B, heads):
-    """Singular values (len(heads), r) of these heads of A (n, d, r), B (n, d', r), through a QR of each factor."""
+    """Singular values (len(heads), r) of these heads of A (n, d, r), B (n, d', r), the exact way."""
     if A.device.type == "cpu":
         s = torch.from_numpy(np.stack(over_heads(exact_way, A, B, heads)))
     else:
         R_A = torch.linalg.qr(A[heads].double(), mode="r").R
         R_B = torch.linalg.qr(B[heads].double(), mode="r").R
         s = torch.linalg.svdvals(R_A @ R_B.mT)
-    return torch.nn.functional.pad(s, (0, A.shape[-1] - s.shape[-1]))  # there are min(d, d', r) of them
-
-
-# -----------------------------------------------------------------------------
-# float64 and threads on a CPU
-
-def gram(X, buffer):
-    """X^T X (r, r) in float64 of an array (d, r), as many rows at a time as fit into the buffer."""
-    G = 0
-    rows = max(1, len(buffer) // X.shape[1])
-    for i in range(0, len(X), rows):
-        Y = as_float64(X[i:i + rows], buffer)
-        G = G + Y.T @ Y  # numpy sees that the result is symmetric and does half the work
-    return G
-
-
-def as_float64(X, buffer=None):
-    """The array X (m, n) in float64, in the buffer where one is given. A bfloat16 array comes as its bits in uint16."""
-    if X.dtype == np.uint16:  # the upper half of a float32
-        X = np.left_shift(X, 16, dtype=np.uint32).view(np.float32)
-    if buffer is None:
-        return X.astype(np.float64)
-    Y = buffer[:X.size]
-    by_columns = X.strides[1] >= X.strides[0]  # keep the order of X in memory
-    Y = Y.reshape(X.shape[::-1]).T if by_columns else Y.reshape(X.shape)
-    np.copyto(Y, X)
-    return Y
-
-
-def over_heads(way, A, B, heads):
-    """[way(A[i], B[i], buffer) for i in heads], on numpy views of CPU tensors A, B (n, d, r).
-
-    Uses as many threads as torch has and this process may use. Numpy's BLAS has one thread in each of them.
-    """
-    A, B = as_numpy(A), as_numpy(B)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = min(cores, torch.get_num_threads(), len(heads))
-    todo = iter(heads)
-
-    def work(_):
-        buffer = np.empty(BUFFER)  # one a thread: fresh memory for each block would cost more than the arithmetic
-        with np.errstate(all="ignore"):  # check_finite finds what is not finite
-            return [(i, way(A[i], B[i], buffer)) for i in todo]  # the next head that no other thread has taken
-
-    if threads == 1 or A[0].size * len(heads) < 1 << 18:  # a few small heads take less time than starting threads
-        return [result for _, result in work(0)]
-    with blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-        parts = sum(pool.map(work, range(threads)), [])
-    return [result for _, result in sorted(parts, key=lambda part: part[0])]
-
-
-def as_numpy(X):
-    """A numpy view of a CPU tensor; of bfloat16, which numpy lacks, its bits in uint16."""
-    return (X.view(torch.uint16) if X.dtype == torch.bfloat16 else X).numpy()
-
-
-@functools.cache
-def blas():
-    return ThreadpoolController()  # looks through the loaded libraries, some milliseconds
+    return torch.nn.functional.pad(s, (0, A.shape[-1] - s.shape[-1]))  # min(d, d', r) -> r
 
 
 # -----------------------------------------------------------------------------
@@ -365,11 +312,12 @@ def blas():
 
 @functools.lru_cache
 def gaussian_nuclear(d_A, d_B, r):
-    """Nuclear norm of A B^T for Gaussian A (d_A, r), B (d_B, r) scaled to |A|_F = |B|_F = 1: the mean of 16 draws.
+    """Mean nuclear norm of A B^T for Gaussian A (d_A, r), B (d_B, r) scaled to |A|_F = |B|_F = 1.
 
-    A random head has nuclear = norm_A * norm_B * this, and gap = 1 - this where the two norms are equal.
-    The draws have a seed of their own. Above 512 columns the shapes are scaled down, because only their ratios matter.
-    With A = Q R it is enough to draw R: R_ii^2 ~ chi^2(d_A - i), i from 0, and N(0, 1) right of it (Bartlett 1933).
+    A random head has nuclear = norm_A * norm_B * this; if the two norms are equal, gap = 1 - this.
+    The 16 draws have their own seed. Above 512 columns the shapes are scaled down: only ratios matter.
+    With A = Q R it is enough to draw R (Bartlett 1933): R_ii^2 is chi^2(d_A - i) with i from 0, and
+    the entries right of it are N(0, 1).
     """
     draws = 16
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 """
 A GPT checkpoint with the products of every head cut to their threshold rank.
 
-    raw = truncatable(ckpt)                            # what the file holds; UserError if it is not a GPT
+    raw = truncatable(ckpt)                              # the file's dict
     save_truncated("small.pt", ckpt, raw, threshold=0.95)
     python train_lm.py --init_from=small.pt --eval_only
 """
@@ -15,14 +15,15 @@ from nanorank.spectra import ov_factors, qk_factors, ranks, svd
 
 
 def truncated(state, n_head, threshold):
-    """A GPT's state dict with every head's W_K^T W_Q and P W_V cut to their threshold rank k; shapes stay the same.
+    """A GPT's state dict with every head's W_K^T W_Q and P W_V cut to their threshold rank k.
 
-    For W_K^T W_Q = U S V^T of which the first k singular values stay, W_K' = S^(1/2) U^T and W_Q' = S^(1/2) V^T, rows
-    beyond k zero; so too P and W_V. The factors are balanced. At threshold 1.0 the function stays the same.
+    With W_K^T W_Q = U S V^T, the new W_K is S^(1/2) U^T and the new W_Q is S^(1/2) V^T, with zeros in
+    the rows beyond k. P and W_V likewise. Shapes stay the same, the factors become balanced, and at
+    threshold 1.0 the model computes the same function.
 
-    What the biases do is kept whole. The value's moves into the output's. The key's adds the same to all scores of a
-    query, which the softmax cancels. For the query's see `move_query_bias`.
-    Returns (state dict, mean k of the QK products, mean k of the OV products).
+    The biases keep their effect. The value's moves into the output's. The key's adds the same number
+    to all scores of a query, which the softmax cancels. The query's: see move_query_bias.
+    Returns (state dict, mean k of W_K^T W_Q, mean k of P W_V).
     """
     state = dict(state)
     kept_qk, kept_ov = [], []
@@ -57,7 +58,7 @@ def truncated(state, n_head, threshold):
 
 
 def cut(A, B, threshold):
-    """(U, root, V, k) of A B^T = U S V^T: `root` (H, 1, r) is S^(1/2), zero beyond the threshold rank k (H,).
+    """(U, root, V, k) of A B^T = U S V^T: root (H, 1, r) is S^(1/2), zero beyond the threshold rank k (H,).
 
     U * root and V * root (H, d, r) are balanced factors of the best approximation of rank k.
     """
@@ -68,10 +69,9 @@ def cut(A, B, threshold):
 
 
 def move_query_bias(new_K, U, root, k, g):
-    """The query's new bias (H, r, 1). Like the old one it must add g = W_K^T b_q (H, d, 1) to the scores of a key.
+    """The query's new bias (H, r, 1): new_K @ bias is to be g = W_K^T b_q (H, d, 1), as before.
 
-    A head with k < r has a free column in new_K (H, d, r), which takes g. In a head without one, b_q goes into the
-    new basis.
+    If k < r, the free column k of new_K (H, d, r) takes g. Else b_q is written in the new basis.
     """
     H, _, r = new_K.shape
     b_q = new_K.new_zeros(H, r, 1)
@@ -86,7 +86,7 @@ def move_query_bias(new_K, U, root, k, g):
 
 
 def truncatable(checkpoint):
-    """What a checkpoint's file holds. Raises UserError where it is not a GPT of train_lm.py's or nanoGPT's."""
+    """The dict in a checkpoint's file. Raises UserError if it is not a GPT of train_lm.py or nanoGPT."""
     path = checkpoint.path
     torch_file = os.path.isfile(path) and not path.endswith(".safetensors")
     raw = load_pt(path) if torch_file else {}
@@ -96,12 +96,12 @@ def truncatable(checkpoint):
     has_args = isinstance(raw.get("model_args"), dict) and isinstance(raw.get("config") or {}, dict)
     is_gpt = modules[0].scheme.layout == "conv" and len(biases) in (0, 2 * len(modules))
     if not has_args or not is_gpt:
-        raise UserError(f"{path}: --truncate takes a GPT checkpoint of train_lm.py's or nanoGPT's (with model_args)")
+        raise UserError(f"{path}: --truncate takes a GPT checkpoint of train_lm.py or nanoGPT (model_args)")
     return raw
 
 
 def save_truncated(path, checkpoint, raw, threshold):
-    """Writes the truncated checkpoint, and prints how to evaluate it. raw: what `truncatable` returned."""
+    """Writes the truncated checkpoint and prints how to evaluate it. raw: from truncatable."""
     n_head, _ = checkpoint.heads_of(checkpoint.modules()[0])
     state = checkpoint.read(checkpoint.tensors)
     state, qk, ov = truncated(state, n_head, threshold)
@@ -110,5 +110,6 @@ def save_truncated(path, checkpoint, raw, threshold):
 
     dataset = raw.get("config", {}).get("dataset", "DATASET")
     width = raw["model_args"]["n_embd"] // n_head
-    print(f"\nwrote {path}: of {width} directions a head {qk:.2f} stay in QK, {ov:.2f} in OV (means); evaluate it:")
+    print(f"\nwrote {path}: of {width} directions a head {qk:.2f} stay in QK, {ov:.2f} in OV (means)")
+    print("evaluate it:")
     print(f"    python train_lm.py --init_from={path} --eval_only --dataset={dataset}")

@@ -414,7 +414,8 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     expected = {
         "bare.pt": ["--n_head"], "other.pt": ["c_attn", "encoder.conv.weight"],
-        "lacks.pt": ["h.1.attn.c_proj.weight"], "heads.pt": ["5 heads"], "nan.pt": ["layer 0", "qk", "[0]"], "evil.pt": ["plain tensors"],
+        "lacks.pt": ["h.1.attn.c_proj.weight"], "heads.pt": ["5 heads"],
+        "nan.pt": ["layer 0", "qk", "[0]"], "evil.pt": ["plain tensors"],
         "short.pt": ["plain tensors"], "text.pt": ["plain tensors"], "empty": ["ckpt.pt"], "absent.pt": [],
     }
     for name, words in expected.items():
