@@ -1,263 +1,333 @@
 """
-Singular values of A B^T from its factors, never forming the product, and the metrics of PAPER section 4. Pure functions.
+Singular values of A B^T from its factors, without forming the product, and the metrics of attention heads.
 
-    s = singular_values(A, B)           # A, B (..., d, r): torch or numpy, any float dtype -> (..., r) float64, descending
-    table = metrics(A, B)               # {"rank95": [...], "stable_rank": [...], ...}, a plain number per leading index
-    A, B = qk_factors(W_Q, W_K)         # heads (H, r, d) -> the factors of W_K^T W_Q
-    A, B = ov_factors(W_V, P)           # (H, r, d), (H, d, r) -> the factors of P W_V
-    log = summary(layers)               # {"attn_rank95_qk": 24.4, ...}: means over heads, for a training log
+    table = metrics(A, B)        # A, B (..., d, r), torch or numpy -> {"rank95": [...], ...}
+    s = singular_values(A, B)    # (..., r) float64, descending
+    A, B = qk_factors(W_Q, W_K)  # W_Q, W_K (H, r, d) -> the factors of W_K^T W_Q
+    A, B = ov_factors(W_V, P)    # W_V (H, r, d), P (H, d, r) -> the factors of P W_V
+    log = summary(layers)        # {"attn_rank95_qk": 24.4, ...}: means over heads
 
-The fast way needs the Gram matrices alone: with L L^T = A^T A, the r x r matrix L^T (B^T B) L has the eigenvalues s^2. Squaring
-costs half the digits, so each head whose error bound is too large goes the slow way, a QR of the factors. All of it in float64:
-on a CPU by numpy, head by head on a thread per core; on a GPU by torch, all heads at once.
+A new metric is one line in `metrics_of`: the training log and heads.csv then have it.
+The file opens with the definitions and the exact way. The fast way, with its error bound, comes after.
 """
 import functools
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from threadpoolctl import ThreadpoolController
+from torch.linalg import matrix_norm
 
 from nanorank.errors import UserError
+from nanorank.threads import as_float64, over_heads
 
 EPS = torch.finfo(torch.float64).eps
-TOLERANCE = 1e-7    # largest error bound, over the largest singular value, that a head may have and go the fast way
-BUFFER = 1 << 19    # entries of a factor that a thread has in float64 at a time, 4 MB: one of 4096 x 128
+EPS32 = torch.finfo(torch.float32).eps
+TOLERANCE = 1e-7  # largest error bound, relative to s_1, that the fast way may have
 
 
-def qk_factors(W_Q, W_K):
-    """Factors (A, B) of the QK product W_K^T W_Q, each (..., d, r), from W_Q, W_K (..., r, d)."""
-    return W_K.mT, W_Q.mT
+def metrics_of(s, AA, BB, d, threshold=0.95):
+    """The metrics of n products A B^T: {name: tensor (n,)}.
 
+    s (n, r): singular values, descending. AA = A^T A, BB = B^T B (n, r, r). All float64.
+    d: rows of A or of B, whichever has more.
 
-def ov_factors(W_V, P):
-    """Factors (A, B) of the OV product P W_V, each (..., d, r), from W_V (..., r, d) and P (..., d, r)."""
-    return P, W_V.mT
+        rank95          smallest k with s_1 + ... + s_k >= 0.95 (s_1 + ... + s_r);
+                        rank90 at threshold 0.9, and so on
+        numerical_rank  number of s_i > d * eps * s_1, with the eps of float32
+        stable_rank     (s_1^2 + ... + s_r^2) / s_1^2
+        effective_rank  exp(entropy of s / (s_1 + ... + s_r)) (Roy & Vetterli 2007)
+        nuclear         s_1 + ... + s_r
+        frobenius       (s_1^2 + ... + s_r^2)^(1/2)
+        spectral        s_1
+        half_sq_norm    (|A|_F^2 + |B|_F^2) / 2, at least the nuclear norm
+        gap             (half_sq_norm - nuclear) / half_sq_norm, 0 where A^T A = B^T B
+        imbalance       |A^T A - B^T B|_F / (|A^T A|_F + |B^T B|_F)
+        norm_A, norm_B  |A|_F, |B|_F
 
-
-def singular_values(A, B, exact=False):
-    """Singular values of A B^T for A (..., d, r), B (..., d', r): float64 torch tensor (..., r), descending.
-
-    Within 1e-7 of the largest (within 1e-13 where exact). Raises UserError for shapes that do not fit and for NaN or inf.
+    The ranks are 0 where A B^T = 0. All metrics are 0 where A = B = 0.
     """
-    return measure(A, B, exact=exact)[0]
-
-
-def metrics(A, B, threshold=0.95, exact=False):
-    """The metrics of A B^T, {name: number, or nested list of numbers shaped like the leading dimensions}; see measure."""
-    return measure(A, B, threshold, exact)[1]
-
-
-def measure(A, B, threshold=0.95, exact=False):
-    """(singular values, metrics) of A B^T as singular_values and metrics return them.
-
-    Names and definitions: PAPER section 4; the threshold rank is named after its threshold (rank95, rank90); norm_A, norm_B are
-    |A|_F, |B|_F. Counts are those of the exact way; a head of all zeros has ranks 0, gap and imbalance 0.
-    Raises UserError for shapes that do not fit, and for NaN or inf, naming the index.
-    """
-    rank = rank_name(threshold)
-    A, B, leading = as_heads(A, B)
-    cut = max(A.shape[1], B.shape[1]) * torch.finfo(torch.float32).eps
-    squares, AA, BB = by_gram(A, B)
-    norm_A, norm_B = (G.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt() for G in (AA, BB))
-    finite = (norm_A * norm_B).isfinite()
-    if not finite.all():
-        index = np.unravel_index(int((~finite).nonzero()[0]), leading)
-        raise UserError(f"NaN or inf in the factors of product {[int(i) for i in index]} (its index in the batch)")
-
-    # Rounding moves an eigenvalue s^2 by e at most (of 256 at most 180 were seen, with factors made to be bad; the jitter takes 8), so s by
-    # e / s, and by sqrt(e) at most. A head where that is too much, or where a count hangs on it, is done again.
-    live = (norm_A > 0) & (norm_B > 0)
-    e = (256 * EPS * torch.linalg.matrix_norm(AA) * torch.linalg.matrix_norm(BB))[:, None]
-    s = torch.where(live[:, None], squares.clamp(min=0).sqrt().flip(-1), 0.0)
-    bound = torch.where(live[:, None], e / torch.maximum(s, e.sqrt()), 0.0)
-    share = (bound.sum(-1) / s.sum(-1).clamp(min=1e-300))[:, None]  # how far off a partial sum over the sum can be
-    low, high = (s - bound).clamp(min=0), s + bound
-    slow = ~(bound <= TOLERANCE * s[:, :1]).all(-1)  # NaN too
-    slow |= ranks(s, threshold - share) != ranks(s, threshold + share)
-    slow |= (low > cut * high[:, :1]).sum(-1) != (high > cut * low[:, :1]).sum(-1)
-    slow = live & (slow | exact)
-    if slow.any():
-        s[slow] = by_qr(A, B, slow.nonzero()[:, 0].tolist()).to(s.device)
-
-    total, top = s.sum(-1), s[:, 0]
-    live = top > 0
-    one = torch.ones_like(top)  # stands in for a zero denominator; `live` then picks 0
-    p = s / torch.where(live, total, one)[:, None]
+    top = s[:, 0]
+    nuclear = s.sum(-1)
+    p = ratio(s, nuclear[:, None])
+    entropy = -torch.special.xlogy(p, p).sum(-1)
+    norm_A = norm_from_gram(AA)
+    norm_B = norm_from_gram(BB)
     half = (norm_A**2 + norm_B**2) / 2
-    out = {
-        rank: ranks(s, threshold),
-        "numerical_rank": (s > cut * top[:, None]).sum(-1),
-        "stable_rank": (s**2).sum(-1) / torch.where(live, top, one) ** 2,
-        "effective_rank": torch.where(live, torch.exp(-torch.special.xlogy(p, p).sum(-1)), 0.0),
-        "nuclear": total,
+    return {
+        rank_name(threshold): ranks(s, threshold),
+        "numerical_rank": (s > d * EPS32 * top[:, None]).sum(-1),
+        "stable_rank": ratio((s**2).sum(-1), top**2),
+        "effective_rank": torch.where(top > 0, entropy.exp(), 0.0),
+        "nuclear": nuclear,
         "frobenius": (s**2).sum(-1).sqrt(),
         "spectral": top,
         "half_sq_norm": half,
-        "gap": ((half - total) / torch.where(half > 0, half, one)).clamp(0, 1),
-        "imbalance": imbalance(AA, BB),
+        "gap": ratio(half - nuclear, half).clamp(0, 1),
+        "imbalance": ratio(matrix_norm(AA - BB), matrix_norm(AA) + matrix_norm(BB)),
         "norm_A": norm_A,
         "norm_B": norm_B,
     }
-    return s.reshape(*leading, -1), {name: value.reshape(leading).tolist() for name, value in out.items()}
 
 
-def svd(A, B):
-    """Thin SVD of A B^T for A (..., d, r), B (..., d', r) with d, d' >= r: U (..., d, r), s (..., r) descending, V (..., d', r), in float64."""
-    (Q_A, R_A), (Q_B, R_B) = torch.linalg.qr(A.double()), torch.linalg.qr(B.double())
-    U, s, Vh = torch.linalg.svd(R_A @ R_B.mT)
-    return Q_A @ U, s, Q_B @ Vh.mT
+def exact_way(A, B, buffer=None):
+    """Singular values of A B^T for numpy arrays A (d, r), B (d', r), within 1e-13 of the largest.
+
+    A = Q_A R_A and B = Q_B R_B, so A B^T = Q_A (R_A R_B^T) Q_B^T: those of an r x r matrix.
+    """
+    R_A = np.linalg.qr(as_float64(A), mode="r")
+    R_B = np.linalg.qr(as_float64(B), mode="r")
+    return np.linalg.svd(R_A @ R_B.T, compute_uv=False)
 
 
-def summary(layers, threshold=0.95):
-    """Means over all heads of both products' metrics, {"attn_rank95_qk": ..., "attn_gap_ov": ...}, and the threshold rank by layer,
-    {"layer0_rank95_qk": ...}. layers: an iterable of objects with layer, W_Q, W_K, W_V (H, r, d) and P (H, d, r).
-    Raises UserError for NaN or inf, naming layer, product and head."""
-    heads, by_layer, rank = {}, {}, rank_name(threshold)
-    for x in layers:
-        for product, factors in (("qk", qk_factors(x.W_Q, x.W_K)), ("ov", ov_factors(x.W_V, x.P))):
-            try:
-                table = metrics(*factors, threshold)
-            except ValueError as error:
-                raise UserError(f"layer {x.layer}, {product}: {str(error).replace('product [', 'head [')}") from None
-            for name, values in table.items():
-                heads.setdefault(f"attn_{name}_{product}", []).extend(values)
-            by_layer[f"layer{x.layer}_{rank}_{product}"] = sum(table[rank]) / len(table[rank])
-    return {**{name: sum(values) / len(values) for name, values in heads.items()}, **by_layer}
+def ratio(x, y):
+    """x / y, and 0 where x = y = 0."""
+    return x / torch.where(y > 0, y, 1.0)
+
+
+def norm_from_gram(G):
+    """|X|_F from X^T X (..., r, r) -> (...)."""
+    return G.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
 
 
 def ranks(s, threshold):
-    """Smallest k with s_1 + ... + s_k >= threshold * (s_1 + ... + s_r), 0 for all zeros; s (..., r) descending -> (...)."""
+    """The threshold rank, 0 where all of s is 0; s (..., r), descending -> (...)."""
+    r = s.shape[-1]
     total = s.sum(-1, keepdim=True)
-    short = s.cumsum(-1) < threshold * total * (1 - s.shape[-1] * EPS)  # at threshold 1 round-off must not ask for one more
-    return torch.where(total[..., 0] > 0, (short.sum(-1) + 1).clamp(max=s.shape[-1]), 0)
+    enough = threshold * total * (1 - r * EPS)  # at threshold 1, rounding must not ask for one more
+    k = (s.cumsum(-1) < enough).sum(-1) + 1
+    return torch.where(total[..., 0] > 0, k.clamp(max=r), 0)
 
 
 def rank_name(threshold):
-    """The column of the threshold rank: rank95 for 0.95, rank99.5 for 0.995. Raises UserError outside (0, 1]."""
+    """rank95 for 0.95, rank99.5 for 0.995. Raises UserError outside (0, 1]."""
     if not 0 < threshold <= 1:
         raise UserError(f"threshold {threshold} is not in (0, 1]")
     return f"rank{100 * threshold:.10g}"
 
 
-def imbalance(AA, BB):
-    """|A^T A - B^T B|_F / (|A^T A|_F + |B^T B|_F), 0 for all zeros, from the Gram matrices (..., r, r) -> (...)."""
-    scale = torch.linalg.matrix_norm(AA) + torch.linalg.matrix_norm(BB)
-    return torch.linalg.matrix_norm(AA - BB) / torch.where(scale > 0, scale, torch.ones_like(scale))
+# -----------------------------------------------------------------------------
+# what to call
 
+def qk_factors(W_Q, W_K):
+    """Factors (A, B) of W_K^T W_Q, each (..., d, r), from W_Q, W_K (..., r, d)."""
+    return W_K.mT, W_Q.mT
+
+
+def ov_factors(W_V, P):
+    """Factors (A, B) of P W_V, each (..., d, r), from W_V (..., r, d) and P (..., d, r)."""
+    return P, W_V.mT
+
+
+def factors_of(layer):
+    """{"qk": (A, B), "ov": (A, B)} of an object with W_Q, W_K, W_V (H, r, d) and P (H, d, r)."""
+    return {"qk": qk_factors(layer.W_Q, layer.W_K), "ov": ov_factors(layer.W_V, layer.P)}
+
+
+def singular_values(A, B, exact=False):
+    """Singular values of A B^T for A (..., d, r), B (..., d', r): float64 (..., r), descending.
+
+    Within 1e-7 of the largest, or 1e-13 if exact.
+    Raises UserError for shapes that do not fit, and for NaN or inf.
+    """
+    return measure(A, B, exact=exact)[0]
+
+
+def metrics(A, B, threshold=0.95, exact=False):
+    """The metrics of A B^T, defined in metrics_of: {name: number, or nested list of the leading shape}.
+
+    Raises UserError for shapes that do not fit, and for NaN or inf.
+    """
+    return measure(A, B, threshold, exact)[1]
+
+
+def measure(A, B, threshold=0.95, exact=False):
+    """(singular values, metrics) of A B^T, as singular_values and metrics return them.
+
+    rank95 and numerical_rank are the same whether exact or not.
+    """
+    A, B, leading = as_heads(A, B)
+    d = max(A.shape[1], B.shape[1])
+    squares, AA, BB = by_gram(A, B)
+    live = check_finite(AA, BB, leading)
+
+    # the fast way where its error bound allows, the exact way for the other heads
+    s, unsure = from_squares(squares, AA, BB, live, d, threshold)
+    redo = live if exact else unsure
+    if redo.any():
+        s[redo] = by_qr(A, B, redo.nonzero()[:, 0].tolist()).to(s.device)
+
+    table = metrics_of(s, AA, BB, d, threshold)
+    table = {name: values.reshape(leading).tolist() for name, values in table.items()}
+    return s.reshape(*leading, -1), table
+
+
+def svd(A, B):
+    """Thin SVD of A B^T in float64, for A (..., d, r), B (..., d', r) with d, d' >= r.
+
+    Returns U (..., d, r), s (..., r) descending, V (..., d', r).
+    """
+    Q_A, R_A = torch.linalg.qr(A.double())
+    Q_B, R_B = torch.linalg.qr(B.double())
+    U, s, Vh = torch.linalg.svd(R_A @ R_B.mT)
+    return Q_A @ U, s, Q_B @ Vh.mT
+
+
+def summary(layers, threshold=0.95):
+    """For a training log: means over all heads of each metric, {"attn_rank95_qk": ..., "attn_gap_ov": ...},
+    and of the threshold rank by layer, {"layer0_rank95_qk": ...}.
+
+    layers: an iterable of objects with layer, W_Q, W_K, W_V (H, r, d) and P (H, d, r).
+    Raises UserError for NaN or inf, naming layer, product and head.
+    """
+    rank = rank_name(threshold)
+    heads, by_layer = {}, {}
+    for layer in layers:
+        for product, (A, B) in factors_of(layer).items():
+            try:
+                table = metrics(A, B, threshold)
+            except UserError as error:
+                raise UserError(f"layer {layer.layer}, {product}: {error}") from None
+            for name, values in table.items():
+                heads.setdefault(f"attn_{name}_{product}", []).extend(values)
+            by_layer[f"layer{layer.layer}_{rank}_{product}"] = table[rank]
+    return {name: sum(values) / len(values) for name, values in {**heads, **by_layer}.items()}
+
+
+def as_heads(A, B):
+    """A (n, d, r), B (n, d', r) as tensors, views where possible, and their leading dimensions.
+
+    Raises UserError for shapes that do not fit.
+    """
+    A, B = torch.as_tensor(A).detach(), torch.as_tensor(B).detach()
+    fit = A.ndim == B.ndim >= 2 and A.shape[:-2] == B.shape[:-2] and A.shape[-1] == B.shape[-1]
+    if not fit or A.numel() == 0 or B.numel() == 0:
+        raise UserError("factors of A B^T must be (..., d, r) and (..., d', r), "
+                        f"got {tuple(A.shape)} and {tuple(B.shape)}")
+    leading = A.shape[:-2]
+    if A.device.type == "mps":  # has no float64
+        A, B = A.cpu(), B.cpu()
+    return A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:]), leading
+
+
+def check_finite(AA, BB, leading):
+    """Which heads (n,) have two nonzero factors. Raises UserError for NaN or inf, naming the head."""
+    norm_A = norm_from_gram(AA)
+    norm_B = norm_from_gram(BB)
+    finite = (norm_A * norm_B).isfinite()
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        index = [int(i) for i in np.unravel_index(first, leading)]
+        raise UserError(f"NaN or inf in the factors of head {index}")
+    return (norm_A > 0) & (norm_B > 0)
+
+
+# -----------------------------------------------------------------------------
+# the fast way: Gram matrices alone
+#
+# With L L^T = A^T A, the r x r matrix L^T (B^T B) L has the eigenvalues s^2. A^T A and B^T B
+# take one pass over the factors, but squaring costs half the digits. So each head gets an error
+# bound, and where it is too large the exact way does the head again. All is in float64: on a CPU
+# by numpy, head by head on a thread per core; on a GPU by torch, all heads at once.
+
+def by_gram(A, B):
+    """Eigenvalues s^2 (n, r), ascending, and A^T A, B^T B (n, r, r) for A (n, d, r), B (n, d', r).
+
+    The eigenvalues are NaN where A^T A has no Cholesky factor: zero, or too close to singular.
+    """
+    if A.device.type != "cpu":
+        return all_at_once(A, B)
+    columns = zip(*over_heads(gram_way, A, B, range(len(A))))
+    squares, AA, BB = (torch.from_numpy(np.stack(column)) for column in columns)
+    return squares, AA, BB
+
+
+def gram_way(A, B, buffer):
+    """by_gram for one head's numpy arrays."""
+    AA, BB = gram(A, buffer), gram(B, buffer)
+    try:
+        L = np.linalg.cholesky(AA + 8 * EPS * np.linalg.norm(AA) * np.eye(len(AA)))
+        return np.linalg.eigvalsh(L.T @ BB @ L), AA, BB
+    except np.linalg.LinAlgError:
+        return np.full(len(AA), np.nan), AA, BB
+
+
+def gram(X, buffer):
+    """X^T X (r, r) of an array X (d, r) in float64, as many rows at a time as fit into the buffer."""
+    G = 0
+    rows = max(1, len(buffer) // X.shape[1])
+    for i in range(0, len(X), rows):
+        Y = as_float64(X[i:i + rows], buffer)
+        G = G + Y.T @ Y  # numpy sees the symmetry and does half the work
+    return G
+
+
+def all_at_once(A, B):
+    """by_gram in batched torch operations, for a GPU."""
+    A, B = A.double(), B.double()
+    AA, BB = A.mT @ A, B.mT @ B
+    jitter = (8 * EPS * matrix_norm(AA))[:, None].expand(AA.shape[:2])
+    L, failed = torch.linalg.cholesky_ex(AA + jitter.diag_embed())
+    ok = failed == 0
+    M = (L.mT @ BB @ L).where(ok[:, None, None], 0.0).nan_to_num()
+    squares = torch.linalg.eigvalsh(M)
+    return squares.where(ok[:, None], torch.nan), AA, BB
+
+
+def from_squares(squares, AA, BB, live, d, threshold):
+    """Singular values (n, r), descending, from by_gram's eigenvalues; which heads (n,) need the exact way.
+
+    Rounding moves an eigenvalue s^2 by at most e = 256 eps |A^T A|_F |B^T B|_F. (Of these 256 the
+    worst factors that we could make reach 180; the jitter on A^T A takes 8.) So s moves by at most
+    e / s, and by at most sqrt(e).
+    """
+    e = (256 * EPS * matrix_norm(AA) * matrix_norm(BB))[:, None]
+    s = torch.where(live[:, None], squares.clamp(min=0).sqrt().flip(-1), 0.0)
+    bound = torch.where(live[:, None], e / torch.maximum(s, e.sqrt()), 0.0)  # (n, r)
+    inaccurate = ~(bound <= TOLERANCE * s[:, :1]).all(-1)  # written so that NaN is inaccurate too
+
+    # rank95 compares (s_1 + ... + s_k) / sum(s), which can be off by `share`
+    share = (bound.sum(-1) / s.sum(-1).clamp(min=1e-300))[:, None]
+    unsure_rank = ranks(s, threshold - share) != ranks(s, threshold + share)
+
+    # numerical_rank counts s_i > cut * s_1
+    cut = d * EPS32
+    low, high = (s - bound).clamp(min=0), s + bound
+    most = (high > cut * low[:, :1]).sum(-1)
+    least = (low > cut * high[:, :1]).sum(-1)
+    return s, live & (inaccurate | unsure_rank | (most != least))
+
+
+def by_qr(A, B, heads):
+    """Singular values (len(heads), r) of these heads of A (n, d, r), B (n, d', r), the exact way."""
+    if A.device.type == "cpu":
+        s = torch.from_numpy(np.stack(over_heads(exact_way, A, B, heads)))
+    else:
+        R_A = torch.linalg.qr(A[heads].double(), mode="r").R
+        R_B = torch.linalg.qr(B[heads].double(), mode="r").R
+        s = torch.linalg.svdvals(R_A @ R_B.mT)
+    return torch.nn.functional.pad(s, (0, A.shape[-1] - s.shape[-1]))  # min(d, d', r) -> r
+
+
+# -----------------------------------------------------------------------------
+# what random factors have
 
 @functools.lru_cache
 def gaussian_nuclear(d_A, d_B, r):
-    """Nuclear norm of A B^T for Gaussian A (d_A, r), B (d_B, r) scaled to |A|_F = |B|_F = 1, mean of 16 draws with a seed of their own.
+    """Mean nuclear norm of A B^T for Gaussian A (d_A, r), B (d_B, r) scaled to |A|_F = |B|_F = 1.
 
-    What no training gives: a random head has nuclear = norm_A * norm_B * this, and where the norms are equal gap = 1 - this.
-    Above 512 columns the ratios of d_A, d_B and r tell enough: it is drawn smaller. R of A = Q R is drawn in A's place: R_ii^2 ~
-    chi^2(d_A - i), i from 0, and N(0, 1) right of it (Bartlett 1933).
+    A random head has nuclear = norm_A * norm_B * this; if the two norms are equal, gap = 1 - this.
+    The 16 draws have their own seed. Above 512 columns the shapes are scaled down: only ratios matter.
+    With A = Q R it is enough to draw R (Bartlett 1933): R_ii^2 is chi^2(d_A - i) with i from 0, and
+    the entries right of it are N(0, 1).
     """
-    rng, draws, smaller = np.random.default_rng(0), 16, max(1.0, r / 512)
-    d_A, d_B, r = (max(1, round(x / smaller)) for x in (d_A, d_B, r))
+    draws = 16
+    rng = np.random.default_rng(0)
+    scale = max(1.0, r / 512)
+    d_A, d_B, r = (max(1, round(x / scale)) for x in (d_A, d_B, r))
 
-    def root(d):
+    def draw_R(d):
         i = np.arange(min(d, r))
         R = np.triu(rng.normal(size=(draws, len(i), r)), 1)
         R[:, i, i] = rng.chisquare(d - i, (draws, len(i))) ** 0.5
         return R / np.linalg.matrix_norm(R, keepdims=True)
 
-    return float(np.linalg.svdvals(root(d_A) @ root(d_B).mT).sum(-1).mean())
-
-# ------------------------------------------------------------------------------------------------------- heads and threads
-
-def as_heads(A, B):
-    """A, B as tensors (n, d, r), (n, d', r), views where possible, and their leading dimensions. Raises UserError where they do not fit."""
-    A, B = torch.as_tensor(A).detach(), torch.as_tensor(B).detach()
-    if A.ndim < 2 or A.shape[:-2] != B.shape[:-2] or A.shape[-1] != B.shape[-1] or 0 in A.shape or 0 in B.shape:
-        raise UserError(f"factors of A B^T must be (..., d, r) and (..., d', r), got {tuple(A.shape)} and {tuple(B.shape)}")
-    stacks = [(X.cpu() if X.device.type == "mps" else X).reshape(-1, *X.shape[-2:]) for X in (A, B)]  # MPS has no float64
-    return *stacks, A.shape[:-2]
-
-
-def by_gram(A, B):
-    """For stacks A (n, d, r), B (n, d', r): eigenvalues s^2 (n, r), ascending, NaN where they cannot be had, and A^T A, B^T B (n, r, r)."""
-    if A.device.type != "cpu":
-        return all_at_once(A, B)
-
-    def way(A, B, buffer):
-        AA, BB = gram(A, buffer), gram(B, buffer)
-        try:
-            L = np.linalg.cholesky(AA + 8 * EPS * np.linalg.norm(AA) * np.eye(len(AA)))
-            return np.linalg.eigvalsh(L.T @ BB @ L), AA, BB
-        except np.linalg.LinAlgError:  # zero, not finite, or less positive than rounding should leave it
-            return np.full(len(AA), np.nan), AA, BB
-
-    return over_heads(way, A, B, range(len(A)))
-
-
-def all_at_once(A, B):
-    """by_gram in batched torch operations: the way of a GPU."""
-    A, B = A.double(), B.double()
-    AA, BB = A.mT @ A, B.mT @ B
-    jitter = (8 * EPS * torch.linalg.matrix_norm(AA))[:, None].expand(AA.shape[:2])
-    L, failed = torch.linalg.cholesky_ex(AA + jitter.diag_embed())
-    squares = torch.linalg.eigvalsh((L.mT @ BB @ L).where((failed == 0)[:, None, None], 0.0).nan_to_num())
-    return squares.where((failed == 0)[:, None], torch.nan), AA, BB
-
-
-def gram(X, buffer):
-    """X^T X (r, r) in float64 of an array (d, r), as many rows at a time as fit the float64 buffer."""
-    G, rows = 0, max(1, len(buffer) // X.shape[1])
-    for i in range(0, len(X), rows):
-        Y = as_float64(X[i:i + rows], buffer)
-        G = G + Y.T @ Y  # numpy sees that it is symmetric: half the work
-    return G
-
-
-def as_float64(X, buffer=None):
-    """The array X in float64, in the buffer where there is one; a bfloat16 comes as its bits in uint16."""
-    if X.dtype == np.uint16:  # the upper half of a float32
-        X = np.left_shift(X, 16, dtype=np.uint32).view(np.float32)
-    if buffer is None:
-        return X.astype(np.float64)
-    Y = buffer[:X.size].reshape(X.shape) if X.strides[1] < X.strides[0] else buffer[:X.size].reshape(X.shape[::-1]).T
-    np.copyto(Y, X)
-    return Y
-
-
-def by_qr(A, B, heads):
-    """Singular values (len(heads), r) of these heads of A (n, d, r), B (n, d', r) through a QR of each factor."""
-    def way(A, B, buffer):
-        R_A, R_B = np.linalg.qr(as_float64(A), mode="r"), np.linalg.qr(as_float64(B), mode="r")
-        return (np.linalg.svd(R_A @ R_B.T, compute_uv=False),)
-
-    if A.device.type == "cpu":
-        (s,) = over_heads(way, A, B, heads)
-    else:
-        R_A, R_B = torch.linalg.qr(A[heads].double(), mode="r").R, torch.linalg.qr(B[heads].double(), mode="r").R
-        s = torch.linalg.svdvals(R_A @ R_B.mT)
-    return torch.nn.functional.pad(s, (0, A.shape[-1] - s.shape[-1]))  # there are min(d, d', r) of them
-
-
-def over_heads(way, A, B, heads):
-    """way(A[i], B[i], buffer) for each head of CPU tensors A, B, given as numpy arrays; each of its outputs stacked. On as many threads as
-    torch has and this process may use, in each of which numpy's BLAS has one."""
-    A, B = ((X.view(torch.uint16) if X.dtype == torch.bfloat16 else X).numpy() for X in (A, B))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = min(cores, torch.get_num_threads(), len(heads))
-    todo = iter(heads)
-
-    def work(_):
-        buffer = np.empty(BUFFER)  # one a thread: fresh memory for each block would cost more than the arithmetic on it
-        with np.errstate(all="ignore"):  # what is not finite is found by its norm
-            return [(i, way(A[i], B[i], buffer)) for i in todo]  # the next head that no other thread has taken
-
-    if threads == 1 or A[0].size * len(heads) < 1 << 18:  # a few small heads: quicker done than shared out
-        parts = work(0)
-    else:
-        with blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-            parts = sorted(sum(pool.map(work, range(threads)), []), key=lambda part: part[0])
-    return [torch.from_numpy(np.stack(column)) for column in zip(*(outputs for _, outputs in parts))]
-
-
-@functools.cache
-def blas():
-    return ThreadpoolController()  # looks through the loaded libraries, some milliseconds
+    return float(np.linalg.svdvals(draw_R(d_A) @ draw_R(d_B).mT).sum(-1).mean())

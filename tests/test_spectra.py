@@ -5,8 +5,17 @@ import numpy as np
 import pytest
 import torch
 
-from nanorank import spectra
-from nanorank.spectra import gaussian_nuclear, measure, metrics, ov_factors, qk_factors, singular_values, summary, svd
+from nanorank import spectra, threads
+from nanorank.spectra import (
+    gaussian_nuclear,
+    measure,
+    metrics,
+    ov_factors,
+    qk_factors,
+    singular_values,
+    summary,
+    svd,
+)
 
 d, r = 96, 16
 
@@ -32,7 +41,8 @@ def cases():
         "rank 5 x rank 5": (gaussian(5, d, 5) @ gaussian(5, 5, r), gaussian(5, d, 5) @ gaussian(5, 5, r)),
         "condition 1e8": (conditioned(5, d, r, decades=8), gaussian(5, d, r)),
         "condition 1e8 twice": (conditioned(5, d, r, decades=8), conditioned(5, d, r, decades=8)),
-        "large against small": ((U * steep)[None], (U.flip(-1) * steep.flip(-1))[None]),  # |A B^T| far below |A| |B|
+        # |A B^T| far below |A| |B|
+        "large against small": ((U * steep)[None], (U.flip(-1) * steep.flip(-1))[None]),
         "zero": (torch.zeros(5, d, r), gaussian(5, d, r)),
         "float32": (gaussian(5, d, r).float(), gaussian(5, d, r).float()),
         "bfloat16": (gaussian(5, d, r).bfloat16(), gaussian(5, d, r).bfloat16()),
@@ -67,15 +77,21 @@ def test_metrics_by_their_definitions(case):
         half = 0.5 * (A[i].norm() ** 2 + B[i].norm() ** 2).item()
         AA, BB = A[i].T @ A[i], B[i].T @ B[i]
         if s.sum() == 0:
-            want = dict.fromkeys(("rank95", "numerical_rank", "stable_rank", "effective_rank", "nuclear", "frobenius", "spectral", "gap"), 0)
-            want |= {"half_sq_norm": half, "gap": 1.0 if half else 0.0, "imbalance": 1.0 if half else 0.0}
+            one = 1.0 if half else 0.0
+            want = dict.fromkeys(table, 0) | {"half_sq_norm": half, "gap": one, "imbalance": one}
         else:
             p = s / s.sum()
-            want = {"rank95": next(k for k in range(1, len(s) + 1) if s[:k].sum() >= 0.95 * s.sum()),
-                    "numerical_rank": (s > max(A.shape[-2], B.shape[-2]) * np.finfo(np.float32).eps * s[0]).sum(),
-                    "stable_rank": (s**2).sum() / s[0] ** 2, "effective_rank": math.exp(-sum(x * math.log(x) for x in p if x > 0)),
-                    "nuclear": s.sum(), "frobenius": W.norm().item(), "spectral": s[0], "half_sq_norm": half,
-                    "gap": (half - s.sum()) / half, "imbalance": ((AA - BB).norm() / (AA.norm() + BB.norm())).item()}
+            cut = max(A.shape[-2], B.shape[-2]) * np.finfo(np.float32).eps * s[0]
+            want = {
+                "rank95": next(k for k in range(1, len(s) + 1) if s[:k].sum() >= 0.95 * s.sum()),
+                "numerical_rank": (s > cut).sum(),
+                "stable_rank": (s**2).sum() / s[0] ** 2,
+                "effective_rank": math.exp(-sum(x * math.log(x) for x in p if x > 0)),
+                "nuclear": s.sum(), "frobenius": W.norm().item(), "spectral": s[0],
+                "half_sq_norm": half,
+                "gap": (half - s.sum()) / half,
+                "imbalance": ((AA - BB).norm() / (AA.norm() + BB.norm())).item(),
+            }
         want |= {"norm_A": A[i].norm().item(), "norm_B": B[i].norm().item()}
         got = {name: values[i] for name, values in table.items()}
         assert got.keys() == want.keys()
@@ -98,8 +114,9 @@ def test_a_balanced_head_has_no_gap():
     assert table["nuclear"] == pytest.approx(s[:r].sum().item()) and table["numerical_rank"] == r
 
 
-@pytest.mark.parametrize("threshold, rank, column", [(0.95, 10, "rank95"), (0.9, 9, "rank90"), (0.5, 5, "rank50"), (1.0, 10, "rank100"),
-                                                     (0.995, 10, "rank99.5"), (0.01, 1, "rank1")])
+@pytest.mark.parametrize("threshold, rank, column", [
+    (0.95, 10, "rank95"), (0.9, 9, "rank90"), (0.5, 5, "rank50"),
+    (1.0, 10, "rank100"), (0.995, 10, "rank99.5"), (0.01, 1, "rank1")])
 def test_threshold_rank_at_exact_fractions(threshold, rank, column):
     I = torch.eye(10, dtype=torch.float64)  # noqa: E741
     assert metrics(I, I, threshold)[column] == rank
@@ -121,9 +138,10 @@ def test_not_finite_is_refused_by_index(value):
 
 
 def test_shapes_and_thresholds_that_make_no_sense():
-    for A, B in ((gaussian(d, r), gaussian(d, r + 1)), (gaussian(2, d, r), gaussian(3, d, r)), (gaussian(r), gaussian(r)), (gaussian(0, r),) * 2):
+    shapes = ((d, r), (d, r + 1)), ((2, d, r), (3, d, r)), ((r,), (r,)), ((d, r), (r,)), ((0, r), (0, r))
+    for A, B in shapes:
         with pytest.raises(ValueError, match="factors"):
-            metrics(A, B)
+            metrics(gaussian(*A), gaussian(*B))
     for threshold in (0, -1, 1.1, math.nan):
         with pytest.raises(ValueError, match="threshold"):
             metrics(gaussian(d, r), gaussian(d, r), threshold)
@@ -150,33 +168,39 @@ def test_summary_is_the_mean_over_heads_and_layers():
 
 
 def hard_heads(n, d, r, seed):
-    """Pairs of factors of every awkward kind: graded, rank-deficient, misaligned, nearly so, of very different sizes."""
+    """Pairs of factors of every awkward kind: graded, rank-deficient, misaligned, of very different sizes."""
     g = torch.Generator().manual_seed(seed)
-    A, B = torch.randn(2, n, d, r, generator=g, dtype=torch.float64)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    A, B = normal(2, n, d, r)
     for i in range(n):
-        decades, k = torch.rand(1, generator=g) * 12, int(torch.randint(1, r + 1, (1,), generator=g))
+        decades = torch.rand(1, generator=g) * 12
+        k = int(torch.randint(1, r + 1, (1,), generator=g))
         kind = i % 6
         if kind == 1:
             A[i] *= torch.logspace(0, -float(decades), r, dtype=torch.float64)
         if kind == 2:
-            A[i] = A[i, :, :k] @ torch.randn(k, r, generator=g, dtype=torch.float64)
+            A[i] = A[i, :, :k] @ normal(k, r)
         if kind == 3:  # what A has much of, B has little of
             A[i] *= torch.logspace(0, -float(decades), r, dtype=torch.float64)
             B[i] *= torch.logspace(-float(decades), 0, r, dtype=torch.float64)
         if kind == 4:
-            A[i] += 1e6 * torch.randn(d, 1, generator=g, dtype=torch.float64) @ torch.randn(1, r, generator=g, dtype=torch.float64)
+            A[i] += 1e6 * normal(d, 1) @ normal(1, r)
         if kind == 5:
             A[i], B[i] = A[i] * 10 ** float(decades), B[i] * 10 ** -float(decades)
     return A, B
 
 
 def test_thousands_of_hard_heads_against_qr():
-    """The fast way within 1e-7 of the largest singular value, its counts those of the exact way, head by head."""
+    """The fast way is within 1e-7 of the largest singular value; its counts are those of the exact way."""
     for seed in range(4):
         A, B = hard_heads(600, 40, 12, seed)
         fast, exact = measure(A, B), measure(A, B, exact=True)
         assert ((fast[0] - exact[0]).abs() <= 1.01e-7 * exact[0][:, :1]).all()
-        assert fast[1]["rank95"] == exact[1]["rank95"] and fast[1]["numerical_rank"] == exact[1]["numerical_rank"]
+        for rank in ("rank95", "numerical_rank"):
+            assert fast[1][rank] == exact[1][rank]
 
 
 def test_most_heads_go_the_fast_way(monkeypatch):
@@ -204,16 +228,16 @@ def test_gpus_way_on_a_cpu(monkeypatch):
 
 
 def test_threads_are_left_as_they_were(monkeypatch):
-    """Heads shared out over two threads: the same numbers, and numpy's BLAS and torch have their threads back, after errors too."""
+    """Heads on two threads: the same numbers; then numpy's BLAS has its threads back, after errors too."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    before = [pool["num_threads"] for pool in spectra.blas().info()]
+    before = [pool["num_threads"] for pool in threads.blas().info()]
     A, B = torch.randn(2, 16, 1024, 32)
     want = [measure(A[i:i + 1], B[i:i + 1])[0] for i in range(16)]
     assert torch.equal(measure(A, B)[0], torch.cat(want))
     A[5, 0, 0] = math.nan
     with pytest.raises(ValueError, match=r"\[5\]"):
         measure(A, B)
-    assert [pool["num_threads"] for pool in spectra.blas().info()] == before
+    assert [pool["num_threads"] for pool in threads.blas().info()] == before
 
 
 @pytest.mark.parametrize("d_A, d_B, r", [(96, 96, 32), (200, 64, 16), (8, 12, 16)])
@@ -222,14 +246,16 @@ def test_gaussian_nuclear(d_A, d_B, r):
     g = torch.Generator().manual_seed(0)
     direct = []
     for _ in range(50):
-        A, B = torch.randn(d_A, r, generator=g, dtype=torch.float64), torch.randn(d_B, r, generator=g, dtype=torch.float64)
+        A, B = (torch.randn(d, r, generator=g, dtype=torch.float64) for d in (d_A, d_B))
         direct.append(float(torch.linalg.matrix_norm(A @ B.mT, "nuc") / A.norm() / B.norm()))
     assert gaussian_nuclear(d_A, d_B, r) == pytest.approx(sum(direct) / 50, rel=0.02)
-    assert torch.equal(torch.random.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()
+    assert torch.equal(torch.random.get_rng_state(), state[0])
+    assert (np.random.get_state()[1] == state[1]).all()
 
 
 def test_svd_of_the_product():
     A, B = gaussian(3, d, r), gaussian(3, 2 * d, r)
     U, s, V = svd(A, B)
     assert torch.allclose(U * s[:, None] @ V.mT, A.double() @ B.double().mT)
-    assert torch.allclose(s, singular_values(A, B, exact=True)) and torch.allclose(U.mT @ U, torch.eye(r).double().expand(3, r, r))
+    assert torch.allclose(s, singular_values(A, B, exact=True))
+    assert torch.allclose(U.mT @ U, torch.eye(r).double().expand(3, r, r))

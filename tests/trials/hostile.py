@@ -46,6 +46,7 @@ import train_vit
 from configurator import configure, current
 from nanorank.checkpoints import Checkpoint
 from nanorank.console import time_left
+from nanorank.errors import user_errors
 from nanorank.files import write_atomic
 from nanorank.images import RECORD, ImageSplit
 from nanorank.rng import shuffled
@@ -176,7 +177,8 @@ def main_of(module, *args, **settings):
     def work():
         vars(module).update(settings)
         module.peak_flops = lambda device, dtype: (1e12, "nobody's")  # a second of GEMMs, for the log alone
-        module.main(*args)
+        with user_errors(module.__name__):
+            module.main(*args)
     return work
 
 # --------------------------------------------------------------------------------------------------------------- checkpoints
