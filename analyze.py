@@ -28,7 +28,7 @@ from nanorank.checkpoints import NOT_MODELS, SUFFIXES, expand, open_all, run_of
 from nanorank.device import pick_device
 from nanorank.errors import UserError, user_errors
 from nanorank.families import left_out
-from nanorank.heads import head_rows
+from nanorank.measure import head_rows
 from nanorank.norms import CURVES, fit_rows, norm_rows
 from nanorank.spectra import rank_name
 from nanorank.tables import write_csv

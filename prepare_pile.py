@@ -44,7 +44,18 @@ from configurator import configure
 from nanorank.console import StopSignal
 from nanorank.errors import UserError, user_errors
 from nanorank.files import save_json, writing
-from nanorank.shards import NAMED, add_bad, bad_line, check_range, check_size, only_process, read_json, refuse_other, reopen, run_in_order
+from nanorank.shards import (
+    NAMED,
+    add_bad,
+    bad_line,
+    check_range,
+    check_size,
+    only_process,
+    read_json,
+    refuse_other,
+    reopen,
+    run_in_order,
+)
 from nanorank.text_files import CHUNK, OVERLONG, find_files, need, read_chunks
 from nanorank.tokens import check_crc32, read_meta
 

@@ -58,7 +58,18 @@ from nanorank.errors import UserError, user_errors
 from nanorank.files import save_json, writing
 from nanorank.image_files import SPLITS, find_images, read
 from nanorank.images import RECORD
-from nanorank.shards import NAMED, add_bad, bad_line, check_range, check_size, only_process, read_json, refuse_other, reopen, run_in_order
+from nanorank.shards import (
+    NAMED,
+    add_bad,
+    bad_line,
+    check_range,
+    check_size,
+    only_process,
+    read_json,
+    refuse_other,
+    reopen,
+    run_in_order,
+)
 
 # ------------------------------------------------------------------------------------------------------------ settings
 # what to read

@@ -13,6 +13,7 @@ from model import load_gpt
 from nanorank.device import pick_device
 from nanorank.errors import UserError, user_errors
 from nanorank.files import load_pt
+from nanorank.generate import generate
 from nanorank.tokens import read_meta
 
 prompt = "\n"           # text to continue
@@ -82,7 +83,7 @@ def main(path):
         raise UserError(f"tokenizer {name} does not fit the model's vocabulary of {model.args['vocab_size']}")
     generator = torch.Generator(torch_device).manual_seed(seed)
     try:
-        texts = model.generate(idx, max_new_tokens, temperature, top_k, n_tokens, generator)
+        texts = generate(model, idx, max_new_tokens, temperature, top_k, n_tokens, generator)
     except UserError as error:
         raise UserError(f"{ckpt_path}: {error}") from None
     for ids in texts:

@@ -17,7 +17,7 @@ from nanorank.checkpoints import Checkpoint, open_all
 from nanorank.errors import UserError
 from nanorank.families import attention_layers
 from nanorank.figures import heads as figures
-from nanorank.heads import head_rows
+from nanorank.measure import head_rows
 
 ARGS = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 3, "n_embd": 24, "dropout": 0.0,
         "bias": True}

@@ -10,6 +10,7 @@ from model import GPT, decay_groups, init_weights, load_gpt
 from nanorank import tasks
 from nanorank.errors import UserError
 from nanorank.figures import theory as figures
+from nanorank.restore import saved_args
 from nanorank.tasks import KEYS, TASKS, VALUES, TaskSplit
 
 RECALL = {"dataset": "recall", "mlp": False, "n_head": 1, "block_size": 16, "batch_size": 16,
@@ -74,7 +75,7 @@ def test_attention_only_models(tmp_path):
     assert torch.equal(model(x)[0], model.lm_head(t.ln_f(h)))
     again = load_gpt({"model": model.state_dict(), "model_args": model.args})
     assert torch.equal(again(x)[0], model(x)[0]) and model.args["mlp"] is False
-    assert "mlp" not in GPT(64, 16, 1, 1, 32).args
+    assert "mlp" not in saved_args(GPT(64, 16, 1, 1, 32).args)
 
 
 def test_twenty_steps_are_ten_and_ten(train, tmp_path):

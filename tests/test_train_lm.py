@@ -9,7 +9,19 @@ import time
 
 import pytest
 import torch
-from conftest import REPO, TINY, assert_same_weights, environment, flags, load, one_line_exit_2, script, signalled_in_step, torchrun, write_data
+from conftest import (
+    REPO,
+    TINY,
+    assert_same_weights,
+    environment,
+    flags,
+    load,
+    one_line_exit_2,
+    script,
+    signalled_in_step,
+    torchrun,
+    write_data,
+)
 
 import train_lm
 from model import load_gpt

@@ -9,7 +9,17 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, assert_same_weights, environment, flags, load, one_line_exit_2, script, signalled_in_step, torchrun
+from conftest import (
+    REPO,
+    assert_same_weights,
+    environment,
+    flags,
+    load,
+    one_line_exit_2,
+    script,
+    signalled_in_step,
+    torchrun,
+)
 from torch.nn import functional as F
 
 import train_vit

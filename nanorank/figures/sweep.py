@@ -12,7 +12,20 @@ import numpy as np
 
 from nanorank.checkpoints import run_of
 from nanorank.errors import UserError
-from nanorank.figures.style import COLOURS, KEYS, MARKERS, MOST_RUNS, PRODUCTS, STYLE, last_of, layer_of, legend, rank_column, read, write
+from nanorank.figures.style import (
+    COLOURS,
+    KEYS,
+    MARKERS,
+    MOST_RUNS,
+    PRODUCTS,
+    STYLE,
+    last_of,
+    layer_of,
+    legend,
+    rank_column,
+    read,
+    write,
+)
 
 
 def varied(name):
