@@ -35,25 +35,25 @@ from nanorank.tables import write_csv
 from nanorank.truncate import save_truncated, truncatable
 
 # what is measured
-out_dir = "out/analysis"  # where the CSV files and the figures go
-threshold = 0.95  # of the threshold rank: rank95 is the smallest k with s_1 + ... + s_k >= 0.95 * sum(s)
-exact = False  # QR of every head: singular values to 1e-13 of the largest instead of 1e-7
-device = "auto"  # where the spectra are computed: auto, cpu, cuda
-norms = True  # norms.csv, which reads all tensors; without it attention's alone (.pt, .bin once whole)
+out_dir = "out/analysis"    # where the CSV files and the figures go
+threshold = 0.95            # of the threshold rank: rank95 is the smallest k with s_1 + ... + s_k >= 0.95 sum(s)
+exact = False               # QR of every head: singular values to 1e-13 of the largest instead of 1e-7
+device = "auto"             # where the spectra are computed: auto, cpu, cuda
+norms = True                # norms.csv, which reads all tensors; without it attention's alone (.pt, .bin once whole)
 # what is shown
-figure = True  # draw the figures (needs matplotlib)
-layers = ""  # layers in the figure of heads: all, or some as 5,7,9
-compare = False  # two runs or checkpoints: their differences layer by layer, and compare.csv
+figure = True               # draw the figures (needs matplotlib)
+layers = ""                 # layers in the figure of heads: all, or some as 5,7,9
+compare = False             # two runs or checkpoints: their differences layer by layer, and compare.csv
 # models that do not say how their heads lie (nanorank/families.py knows most)
-n_head = 0  # heads per layer
-n_kv_head = 0  # key/value heads per layer, where queries share them (else told from shapes)
-d_head = 0  # width of a head, instead of n_head, where stacks have different numbers of heads
-pattern = ""  # ends of the names of q,k,v,o (or qkv,o) after the layer's path
-layout = "separate"  # how heads lie in what --pattern names: separate, fused, grouped, conv, lens
-state_dict = ""  # which of several state dicts in a file, by its key
+n_head = 0                  # heads per layer
+n_kv_head = 0               # key/value heads per layer, where queries share them (else told from shapes)
+d_head = 0                  # width of a head, instead of n_head, where stacks have different numbers of heads
+pattern = ""                # ends of the names of q,k,v,o (or qkv,o) after the layer's path
+layout = "separate"         # how heads lie in what --pattern names: separate, fused, grouped, conv, lens
+state_dict = ""             # which of several state dicts in a file, by its key
 # truncation of a GPT checkpoint of train_lm.py or nanoGPT
-truncate = 0.0  # cut both products of every head to this threshold rank (1.0 changes nothing), with --save
-save = ""  # where the truncated checkpoint goes, for train_lm.py --init_from=FILE --eval_only
+truncate = 0.0              # cut both products of every head to this threshold rank (1.0 changes nothing), with --save
+save = ""                   # where the truncated checkpoint goes, for train_lm.py --init_from=FILE --eval_only
 
 
 def main(paths):
