@@ -18,6 +18,8 @@ import tiktoken
 
 import prepare_pile
 from nanorank import text_files
+from nanorank.errors import user_errors
+from nanorank.shards import SPLITS, only_process
 from nanorank.tokens import TokenSplit, crc32, read_meta
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -52,7 +54,8 @@ def prepare(tmp_path, monkeypatch, capfd):
             monkeypatch.setattr(prepare_pile, name, str(value) if isinstance(value, pathlib.Path) else value)
         capfd.readouterr()
         try:
-            status = prepare_pile.main() or 0
+            with user_errors("prepare_pile.py"):  # as the script does
+                status = prepare_pile.main() or 0
         except SystemExit as stop:
             status = stop.code
         output = "".join(capfd.readouterr())
@@ -202,7 +205,7 @@ def test_hash_split_depends_on_nothing_else(prepare, tmp_path):
     prepare(source=tmp_path / "b.jsonl", dataset="b", workers=1, **shares)
     for shard_index in (2, 0, 1):
         prepare(source=tmp_path / "a.jsonl", dataset="c", num_shards=3, shard_index=shard_index, **shares)
-    a, b, c = ({split: documents(tmp_path / "data" / name, split) for split in prepare_pile.SPLITS} for name in "abc")
+    a, b, c = ({split: documents(tmp_path / "data" / name, split) for split in SPLITS} for name in "abc")
     assert a == b == c
     every = {split: {tuple(document) for document in a[split]} for split in a}
     assert sum(len(a[split]) for split in a) == 1000
@@ -396,7 +399,7 @@ def test_second_process_on_the_same_part_is_refused(prepare, tmp_path):
     here, there = fork.Pipe()
 
     def hold():
-        with prepare_pile.only_process(tmp_path / "data" / "x" / ".part_00000.lock"):
+        with only_process(tmp_path / "data" / "x" / ".part_00000.lock"):
             there.send("held")
             there.recv()
 
@@ -434,7 +437,7 @@ def test_parts_merge_to_the_same_whoever_is_last(prepare, tmp_path, n_files):
     assert prepare(**common, shard_index=1, data_dir=tmp_path / "machine1")[0] == 0
     assert contents(tmp_path / "machine1" / "x") == one_folder
     prepare(source=tmp_path / "in", dataset="one", num_shards=1, shard_index=0, data_dir=tmp_path / "data")
-    for split in prepare_pile.SPLITS:
+    for split in SPLITS:
         assert documents(tmp_path / "data" / "one", split) == documents(tmp_path / "data" / "x", split)
 
 # ----------------------------------------------------------------------------------------------------------- bad input

@@ -20,7 +20,9 @@ import pytest
 from PIL import Image
 
 from nanorank import image_files
+from nanorank.errors import user_errors
 from nanorank.images import RECORD
+from nanorank.shards import SPLITS, only_process
 from nanorank.tokens import crc32
 from scripts import prepare_imagenet
 
@@ -43,7 +45,8 @@ def prepare(tmp_path, monkeypatch, capfd):
             monkeypatch.setattr(prepare_imagenet, name, str(value) if isinstance(value, pathlib.Path) else value)
         capfd.readouterr()
         try:
-            status = prepare_imagenet.main() or 0
+            with user_errors("prepare_imagenet.py"):  # as the script does
+                status = prepare_imagenet.main() or 0
         except SystemExit as stop:
             status = stop.code
         output = "".join(capfd.readouterr())
@@ -289,8 +292,8 @@ def test_train_alone_is_split_by_hash(prepare, tmp_path):
         assert_stored(tmp_path / "data" / "x", split, labelled({name: data for name, data in files.items() if low <= u[name] < high}, "train"))
     write_tar(tmp_path / "a.tar", dict(sorted(files.items(), key=lambda item: u[item[0]])))  # in another order, by another number of workers
     prepare(source=tmp_path / "a.tar", dataset="y", workers=1)
-    assert {split: len(stored(tmp_path / "data" / "y", split)) for split in prepare_imagenet.SPLITS} == {
-        split: len(stored(tmp_path / "data" / "x", split)) for split in prepare_imagenet.SPLITS}
+    assert {split: len(stored(tmp_path / "data" / "y", split)) for split in SPLITS} == {
+        split: len(stored(tmp_path / "data" / "x", split)) for split in SPLITS}
 
 
 @pytest.mark.parametrize("counts, roles, share", [
@@ -507,7 +510,7 @@ def test_second_process_is_refused(prepare, tmp_path):
     here, there = fork.Pipe()
 
     def hold():
-        with prepare_imagenet.only_process(tmp_path / "data" / "x" / ".lock"):
+        with only_process(tmp_path / "data" / "x" / ".lock"):
             there.send("held")
             there.recv()
 
