@@ -163,36 +163,33 @@ def find_all_files():
 def shares(files):
     """The shares of hashed documents for val and test: none for a split that has files of its own."""
     own = {file.split for file in files}
-    return {"val": 0.0 if "val" in own else val_fraction, "test": 0.0 if "test" in own else test_fraction}
+    share = {"val": val_fraction, "test": test_fraction}
+    return {split: 0.0 if split in own else share[split] for split in share}
 
 
 def tokenise(part, files, stop):
     """Reads chunks, has workers encode them, appends the ids, until all is done or a signal comes."""
-    mine = my_files(files)
     at_chunk = part.record["chunk"]
     if at_chunk:
         path = files[part.record["file"]].path
         print(f"going on behind chunk {at_chunk} of {path}: {part.tokens():,} tokens are done", flush=True)
     work = partial(encode_chunk, tokenizer=part.record["settings"]["tokenizer"], dtype=part.dtype,
                    share=shares(files), text_key=text_key, max_bytes=max_document_mb << 20)
+    total = sum(files[i].size for i in my_files(files))  # bytes
+    often = 0.5 if sys.stderr.isatty() else 10           # seconds
+    tokens_before = part.tokens()
     bar = None
-    tokens = part.tokens()
 
     def jobs():
         nonlocal bar
         for seen, i, number, chunk in unread_chunks(part, files, stop):
             if bar is None:  # begun only now: skipped chunks would pass for speed
-                bar = tqdm(total=sum(files[k].size for k in mine), initial=seen, unit="B", unit_scale=True,
-                           mininterval=0.5 if sys.stderr.isatty() else 10)
-            if chunk.kind == "parquet":
-                size = sum(len(str(text)) for text in chunk.data)
-            else:
-                size = len(chunk.data)
-            yield size, chunk, (seen, i, number)
+                bar = tqdm(total=total, initial=seen, unit="B", unit_scale=True, mininterval=often)
+            yield chunk.size(), chunk, (seen, i, number)
 
     def take(encoded, seen, i, number):
         part.add(*encoded, i, number)
-        speed = (part.tokens() - tokens) / max(bar.format_dict["elapsed"], 1e-9)
+        speed = (part.tokens() - tokens_before) / max(bar.format_dict["elapsed"], 1e-9)
         bar.set_postfix_str(f"{part.tokens():,} tokens, {speed / 1e6:.2f} M tokens/s", refresh=False)
         bar.update(seen - bar.n)
 

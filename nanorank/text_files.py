@@ -167,6 +167,12 @@ class Chunk(NamedTuple):
     data: bytes | list  # whole lines or a piece of plain text (bytes); parquet: a list of values
     seen: float  # share of the file that has been read with it
 
+    def size(self):
+        """Bytes held; characters for parquet."""
+        if self.kind == "parquet":
+            return sum(len(str(text)) for text in self.data)
+        return len(self.data)
+
 
 def read_chunks(file, text_key, max_bytes, size=CHUNK):
     """The chunks of a file, about `size` bytes each, the same ones every time.
