@@ -183,7 +183,7 @@ def tokenise(part, files, stop):
     def jobs():
         nonlocal bar
         for seen, i, number, chunk in unread_chunks(part, files, stop):
-            if bar is None:  # begun only now: skipped chunks would pass for speed
+            if bar is None:  # begun only now: skipped chunks must not count as speed
                 bar = tqdm(total=total, initial=seen, unit="B", unit_scale=True, mininterval=often)
             yield chunk.size(), chunk, (seen, i, number)
 
