@@ -1,11 +1,12 @@
 """
-Images in folders, a tar, or .parquet files on disk or the Hugging Face hub -> their classes, and chunks that a worker reads by itself.
+Finds images in folders, a tar, or .parquet files, here or on the Hugging Face hub, and cuts them into chunks.
 
     source = find_images("imagenet.tar", keys=("image", "label"), workers=0)
     for chunk in source.chunks:
         for split, name, label, data in read(chunk, keys):    # data: the image file's bytes
 
-What a caller's input is to blame for is a ValueError that names the file.
+A chunk says where its images lie, so that a worker reads them by itself. Input that cannot be read or told
+apart is a UserError that names the file.
 """
 import functools
 import json
@@ -23,86 +24,112 @@ from tqdm import tqdm
 
 from nanorank.console import StopSignal
 from nanorank.errors import UserError
-from nanorank.shards import run_in_order
-from nanorank.text_files import InputError, find_files, first_line, need, split_in_name
+from nanorank.shards import SPLITS, run_in_order
+from nanorank.text_files import HUB_ID, cut_short, find_files, first_line, need, open_input, split_in_name
 
-SPLITS = ("train", "val", "test")
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-CHUNK = 64     # images handed to a worker at once
-ROWS = 256     # and rows of a .parquet file at most, whose row groups are read from their beginning
+CHUNK = 64  # images in a chunk
+ROWS = 256  # rows in a chunk of a .parquet file, at most; its row groups are read from their beginning
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK")  # first bytes of such files
+
 
 class Chunk(NamedTuple):
     """Some images that a worker reads by itself."""
     kind: str    # files, rows, digits
     path: str    # the folder, .tar or .parquet file that they are in
     images: int
-    where: list | tuple  # files: (split, name, label, offset, size) each, offset -1 for a file of its own; rows: split, row group, first row
+    # files: a list of (split, name, label, offset, size), offset -1 for a file of its own
+    # rows: (split, row group, first row); digits: (first digit,)
+    where: list | tuple
 
 
 class Source(NamedTuple):
     classes: list    # names, in the order of the labels
     counts: Counter  # images of each split
     chunks: list
-    names: int       # checksum of what there is, so that a restart notices another source
+    names: int       # checksum of the images' names and sizes, so that a restart notices another source
 
 
 def find_images(source, keys, workers):
-    """The images of --source, the same chunks every time. Raises UserError where there are none or they cannot be told apart.
+    """The images of --source, in the same chunks every time.
 
-    keys: columns of image and label (.parquet); workers: processes that read the footers of .parquet files, 0: one per core.
+    keys: columns of image and label (.parquet). workers: processes that read the footers of .parquet files,
+    0 for one per core. Raises UserError if there are no images, or if classes or splits are unclear.
     """
     if source == "digits":
         n = len(digits().target)
-        return Source([str(i) for i in range(10)], Counter(train=n), [Chunk("digits", "", min(ROWS, n - i), (i,)) for i in range(0, n, ROWS)], 0)
+        chunks = [Chunk("digits", "", min(ROWS, n - first), (first,)) for first in range(0, n, ROWS)]
+        return Source([str(i) for i in range(10)], Counter(train=n), chunks, 0)
     if os.path.isdir(source):
-        if found := list_folder(source):
+        found = list_folder(source)
+        if found:
             return arrange(source, found)
     elif os.path.exists(source) and not source.endswith(".parquet"):
         return arrange(source, list_tar(source))
-    elif not os.path.exists(source) and not re.fullmatch(r"\w[\w.-]*/\w[\w./-]*", source):
-        raise UserError(f"--source={source}: no such file or folder, and no Hugging Face id (org/name) either")
+    elif not os.path.exists(source) and not re.fullmatch(HUB_ID, source):
+        raise UserError(f"--source={source}: no such file or folder, "
+                        "and no Hugging Face id (org/name) either")
     return list_parquet(source, keys, workers)
 
 
+@functools.cache
+def digits():
+    return need("sklearn.datasets", "--source=digits").load_digits()
+
+# -----------------------------------------------------------------------------
+# folders and tars
+
 def list_folder(root):
-    """(name, -1, 0) of each image below a folder, sorted. Links are followed, but not back to a folder that they are in."""
-    found, above = [], {}
+    """(name, -1, 0) of each image below a folder, sorted. Links are followed, but not in a circle."""
+    found = []
+    above = {}  # folder: real paths of it and of all folders that lead to it
     with tqdm(desc="listing", unit=" images", delay=10) as bar:
         for folder, folders, names in os.walk(root, followlinks=True):
             above[folder] = {*above.get(os.path.dirname(folder), ()), os.path.realpath(folder)}
-            if loops := [name for name in folders if os.path.realpath(os.path.join(folder, name)) in above[folder]]:
-                raise UserError(f"{os.path.join(folder, loops[0])} links back to a folder that it is in")
+            for name in folders:
+                path = os.path.join(folder, name)
+                if os.path.realpath(path) in above[folder]:
+                    raise UserError(f"{path} links back to a folder that it is in")
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             below = os.path.relpath(folder, root).replace(os.sep, "/")
             names = sorted(name for name in names if is_image(name))
-            found += [(f"{below}/{name}" if below != "." else name, -1, 0) for name in names]
+            for name in names:
+                found.append((name if below == "." else f"{below}/{name}", -1, 0))
             bar.update(len(names))
     return found
 
 
 def list_tar(path):
-    """(name, offset, size) of each image in a tar and the tars in it, as they lie there. Raises UserError for what is no whole tar."""
+    """(name, offset, size) of each image in a tar and in the tars in it, in their order.
+
+    Raises UserError for a file that is not a whole, plain tar.
+    """
+    size = os.path.getsize(path)
+    bar = tqdm(desc="listing", total=size, unit="B", unit_scale=True, delay=10)
     try:
-        with open(path, "rb") as file, tqdm(desc="listing", total=os.path.getsize(path), unit="B", unit_scale=True, delay=10) as bar:
-            return list(tar_members(file, "", os.path.getsize(path), bar))
+        with open(path, "rb") as file, bar:
+            return list(tar_members(file, "", size, bar))
     except (tarfile.TarError, EOFError) as error:
         with open(path, "rb") as file:
             head = file.read(6)
-        packed = head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK"))
-        raise UserError(f"{path}: compressed; unpack it first, its images are read at their places in a plain .tar" if packed else
-                         f"{path}: no tar, damaged or cut short ({first_line(error)})") from None
+        if head.startswith(COMPRESSED):
+            raise UserError(f"{path}: compressed; unpack it first, "
+                            "its images are read at their places in a plain .tar") from None
+        raise UserError(f"{path}: no tar, damaged or cut short ({first_line(error)})") from None
 
 
 def tar_members(file, below, end, bar):
+    """Yields (name, offset, size) of the images in the tar from where `file` stands to `end`."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # a kB each
-            if member.offset_data + member.size > end:
+            after = member.offset_data + member.size
+            if after > end:
                 raise tarfile.ReadError(f"{below}{member.name} reaches beyond its end")
             name = below + member.name.removeprefix("./")
             if member.isreg() and name.lower().endswith(".tar"):
                 file.seek(member.offset_data)
-                yield from tar_members(file, name[:-4] + "/", member.offset_data + member.size, bar)
+                yield from tar_members(file, name[:-4] + "/", after, bar)
             elif member.isreg() and is_image(os.path.basename(name)):
                 yield name, member.offset_data, member.size
             bar.update(max(0, member.offset_data - bar.n))
@@ -113,147 +140,205 @@ def is_image(name):
 
 
 def arrange(source, found):
-    """A Source from (name, offset, size) of files below train/CLASS, val/CLASS ... or CLASS, whatever folders lead there."""
-    folders = {name.rpartition("/")[0] for name, _, _ in found}
-    parts = {folder: folder.split("/") if folder else [] for folder in folders}
-    splits = ("train", "val", "validation", "test")
-    while len({tuple(p[:1]) for p in parts.values()}) == 1 and all(len(p) > 1 and p[0] not in splits for p in parts.values()):
-        parts = {folder: p[1:] for folder, p in parts.items()}
-    if any(p[0] == "train" and len(p) > 1 for p in parts.values() if p):
-        places = {folder: ("val" if p[0] == "validation" else p[0], p[1] if len(p) > 1 else "")
-                  for folder, p in parts.items() if p and p[0] in splits}
-    else:
-        places = {folder: ("train", p[0]) for folder, p in parts.items() if p}
-        names = sorted({name for _, name in places.values()})
-        if any(re.fullmatch("train(ing)?|val(id|idation)?|test(ing)?|dev", name.lower()) for name in names):
-            raise UserError(f"{source}: {', '.join(names[:3])} look like splits, not classes; expects train/CLASS, val/CLASS, test/CLASS")
-    classes = sorted({name for split, name in places.values() if split == "train" and name})
-    label = {name: i for i, name in enumerate(classes)}
-    for split in ("val", "test"):
-        strange = {folder: name for folder, (its, name) in places.items() if its == split and name not in label}
-        if split == "test" and all(folder in strange for folder, (its, _) in places.items() if its == split):
-            continue  # images without labels
-        if strange:
-            folder, name = min(strange.items())
-            raise UserError(f"{source}: {folder} holds {split} images of " + (f"class {name!r}, which train has not" if name else "no class")
-                             + "; expects a folder per class, named as in train")
-    pictures, left_out, names = [], Counter(), 0
+    """A Source from (name, offset, size) of files below train/CLASS, val/CLASS ... or CLASS.
+
+    Folders that lead to all of these do not matter: some/where/train/CLASS is the same.
+    """
+    places = places_of({name.rpartition("/")[0] for name, _, _ in found}, source)
+    classes = sorted({its_class for split, its_class in places.values() if split == "train" and its_class})
+    label = {its_class: i for i, its_class in enumerate(classes)}
+    check_classes(places, label, source)
+
+    pictures = []  # (split, name, label, offset, size)
+    left_out = Counter()
+    names = 0
     for name, offset, size in found:
         split, its_class = places.get(name.rpartition("/")[0], ("", ""))
         if its_class in label:
             pictures.append((split, name, label[its_class], offset, size))
             names = zlib.crc32(f"{name}:{size}\n".encode(errors="surrogateescape"), names)
         else:
-            left_out[f"{split}: no labels" if split == "test" else "in no class folder"] += 1
+            left_out["test: no labels" if split == "test" else "in no class folder"] += 1
     for why, count in left_out.items():
         print(f"note: {count:,} images are left out ({why})", flush=True)
-    chunks = [Chunk("files", source, len(some), some) for i in range(0, len(pictures), CHUNK) if (some := pictures[i:i + CHUNK])]
-    return Source(classes, Counter(picture[0] for picture in pictures), chunks, names)
 
-# ------------------------------------------------------------------------------------------------------------ .parquet files
+    chunks = []
+    for first in range(0, len(pictures), CHUNK):
+        some = pictures[first:first + CHUNK]
+        chunks.append(Chunk("files", source, len(some), some))
+    return Source(classes, Counter(split for split, *_ in pictures), chunks, names)
+
+
+def places_of(folders, source):
+    """{folder: (split, class)} of folders such as train/n01440764; the class of train/ itself is empty."""
+    parts = {folder: folder.split("/") if folder else [] for folder in folders}
+
+    # cut off what leads to all folders alike, down to the splits or the classes
+    splits = ("train", "val", "validation", "test")
+    while True:
+        first = {tuple(p[:1]) for p in parts.values()}
+        deeper = all(len(p) > 1 and p[0] not in splits for p in parts.values())
+        if len(first) != 1 or not deeper:
+            break
+        parts = {folder: p[1:] for folder, p in parts.items()}
+
+    parts = {folder: p for folder, p in parts.items() if p}
+    if any(p[0] == "train" and len(p) > 1 for p in parts.values()):
+        places = {}
+        for folder, p in parts.items():
+            if p[0] in splits:
+                split = "val" if p[0] == "validation" else p[0]
+                places[folder] = split, p[1] if len(p) > 1 else ""
+        return places
+    names = sorted({p[0] for p in parts.values()})
+    if any(re.fullmatch("train(ing)?|val(id|idation)?|test(ing)?|dev", name.lower()) for name in names):
+        raise UserError(f"{source}: {', '.join(names[:3])} look like splits, not classes; "
+                        "expects train/CLASS, val/CLASS, test/CLASS")
+    return {folder: ("train", p[0]) for folder, p in parts.items()}
+
+
+def check_classes(places, label, source):
+    """Raises UserError if val or test has a class that train has not. A test split may be without any."""
+    for split in ("val", "test"):
+        classes = {folder: its_class for folder, (its, its_class) in places.items() if its == split}
+        strange = {folder: its_class for folder, its_class in classes.items() if its_class not in label}
+        unlabelled_test = split == "test" and strange == classes
+        if strange and not unlabelled_test:
+            folder, its_class = min(strange.items())
+            which = f"class {its_class!r}, which train has not" if its_class else "no class"
+            raise UserError(f"{source}: {folder} holds {split} images of {which}; "
+                            "expects a folder per class, named as in train")
+
+# -----------------------------------------------------------------------------
+# .parquet files
 
 def list_parquet(source, keys, workers):
     """A Source from .parquet files: the split is in a file's name, the rest in its footer."""
     try:
-        files = [file for file in find_files(source) if file.name.endswith(".parquet")] if not has_no_parquet(source) else []
-    except ValueError as error:
+        files = [] if has_no_parquet(source) else find_files(source)
+    except UserError as error:
         raise explained(error, source) from None
+    files = [file for file in files if file.name.endswith(".parquet")]
     if not files:
-        raise UserError(f"--source={source}: expects images ({', '.join(SUFFIXES)}) in class folders, or .parquet files")
+        raise UserError(f"--source={source}: expects images ({', '.join(SUFFIXES)}) in class folders, "
+                        "or .parquet files")
     files = [file._replace(split=split_in_name(file.name) or "train") for file in files]
-    found, classes, stop = [], [], StopSignal()
+    footers, classes = read_footers(files, keys, workers)
 
-    def take(result, file):
-        found.append((file, result[0]))
-        classes.extend(() if classes or file.split != "train" else result[1])
-        bar.update()
-
-    work = functools.partial(footer, image_key=keys[0], label_key=keys[1])
-    with tqdm(desc="listing", total=len(files), unit=" files", delay=10) as bar:  # by the workers: on the hub there are 300
-        if not run_in_order(work, ((0, file.path, (file,)) for file in files), take, lambda: None, stop, workers, 0):
-            raise SystemExit(128 + stop.signal)
-    highest = {split: max((label for file, groups in found if file.split == split for _, label in groups), default=-1) for split in SPLITS}
+    highest = dict.fromkeys(SPLITS, -1)  # label
+    for file, groups in zip(files, footers):
+        for _, label in groups:
+            highest[file.split] = max(highest[file.split], label)
     for split in SPLITS:
         if highest[split] < 0 and any(file.split == split for file in files):
             print(f"note: the source's {split} split has no labels and is left out", flush=True)
-    chunks, counts, names = [], Counter(), 0
-    for file, groups in found:
+
+    chunks = []
+    counts = Counter()
+    names = 0
+    for file, groups in zip(files, footers):
         names = zlib.crc32(repr((file.name, groups)).encode(), names)
-        for group, (rows, _) in enumerate(groups if highest[file.split] >= 0 else []):
+        if highest[file.split] < 0:
+            continue
+        for group, (rows, _) in enumerate(groups):
             counts[file.split] += rows
-            chunks += [Chunk("rows", file.path, min(ROWS, rows - first), (file.split, group, first)) for first in range(0, rows, ROWS)]
-    return Source(classes or [str(i) for i in range(max(highest.values()) + 1)], counts, chunks, names)
+            for first in range(0, rows, ROWS):
+                chunks.append(Chunk("rows", file.path, min(ROWS, rows - first), (file.split, group, first)))
+    if not classes:
+        classes = [str(i) for i in range(max(highest.values()) + 1)]
+    return Source(classes, counts, chunks, names)
 
 
 def has_no_parquet(place):
-    return os.path.isdir(place) and not any(name.endswith(".parquet") for _, _, names in os.walk(place) for name in names)
+    """True for a folder without any .parquet file."""
+    if not os.path.isdir(place):
+        return False
+    return not any(name.endswith(".parquet") for _, _, names in os.walk(place) for name in names)
 
 
-@contextmanager
-def parquet(path):
-    """A .parquet file, here or on the hub. Errors name it."""
-    try:
-        with need("huggingface_hub", path).HfFileSystem().open(path, block_size=8 << 20) if path.startswith("hf://") else open(path, "rb") as raw:
-            yield need("pyarrow.parquet", path).ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)
-    except InputError:
-        raise
-    except Exception as error:  # of pyarrow and the hub's clients, a dozen kinds
-        raise explained(error, path, f"{path}: damaged or cut short ({first_line(error)}); what is done is kept, "
-                        "and the same command goes on once the file is whole") from None
+def read_footers(files, keys, workers):
+    """The row groups of each file, as footer() gives them, and the classes, from the first file of train."""
+    footers = []
+    classes = []
+    stop = StopSignal()
 
+    def take(result, file):
+        groups, names = result
+        footers.append(groups)
+        if file.split == "train" and not classes:
+            classes.extend(names)
+        bar.update()
 
-def explained(error, place, message=""):
-    """A ValueError with a message, and with what to do where the hub wants an account that has accepted a data set's terms."""
-    cause = error
-    while cause:
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if status in (401, 403) or type(cause).__name__ in ("GatedRepoError", "RepositoryNotFoundError"):
-            repo = re.match(r"[\w.-]+/[\w.-]+", place.removeprefix("hf://datasets/"))[0]
-            return UserError(f"the Hugging Face hub has no {repo}, or not for everyone: accept the terms at https://huggingface.co/datasets/"
-                              f"{repo}, then `hf auth login` or HF_TOKEN=...; or give --source=FOLDER_OR_TAR")
-        cause = cause.__cause__ or cause.__context__
-    return UserError(message or str(error))
+    work = functools.partial(footer, image_key=keys[0], label_key=keys[1])
+    jobs = [(0, file.path, (file,)) for file in files]
+    with tqdm(desc="listing", total=len(files), unit=" files", delay=10) as bar:  # the hub's ImageNet has 300
+        if not run_in_order(work, jobs, take, lambda: None, stop, workers, 0):
+            raise SystemExit(128 + stop.signal)
+    return footers, classes
 
 
 def footer(path, image_key, label_key):
-    """[(rows, highest label) of each row group] and the names of the classes, [] where it has none, from a .parquet file."""
+    """[(rows, highest label) of each row group] of a .parquet file, and the names of its classes or []."""
     with parquet(path) as file:
-        schema, meta = file.schema_arrow, file.metadata
+        schema = file.schema_arrow
+        meta = file.metadata
         for key, flag in ((image_key, "--image_key"), (label_key, "--label_key")):
             if key not in schema.names:
-                raise InputError(f"{path}: no column {key!r} among {', '.join(schema.names)}; {flag} names it")
-        if not need("pyarrow", path).types.is_integer(schema.field(label_key).type):
-            raise InputError(f"{path}: {label_key!r} holds {schema.field(label_key).type}, not class numbers; --label_key names the column")
-        column, groups = [meta.schema.column(i).path for i in range(meta.num_columns)].index(label_key), []
+                raise UserError(f"{path}: no column {key!r} among {', '.join(schema.names)}; {flag} names it")
+        label_type = schema.field(label_key).type
+        if not need("pyarrow", path).types.is_integer(label_type):
+            raise UserError(f"{path}: {label_key!r} holds {label_type}, not class numbers; "
+                            "--label_key names the column")
+        columns = [meta.schema.column(i).path for i in range(meta.num_columns)]
+        column = columns.index(label_key)
+        groups = []
         for i in range(meta.num_row_groups):
             statistics = meta.row_group(i).column(column).statistics
             if statistics and statistics.has_min_max:
                 highest = statistics.max
             else:
-                highest = max((x for x in file.read_row_group(i, [label_key], use_threads=False).column(0).to_pylist() if x is not None), default=-1)
+                labels = file.read_row_group(i, [label_key], use_threads=False).column(0).to_pylist()
+                highest = max((label for label in labels if label is not None), default=-1)
             groups.append((meta.row_group(i).num_rows, highest))
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = about.get("info", {}).get("features", {})
     return groups, list(features.get(label_key, {}).get("names") or [])
 
 
-@functools.cache
-def digits():
-    return need("sklearn.datasets", "--source=digits").load_digits()
+@contextmanager
+def parquet(path):
+    """A .parquet file, here or on the hub, opened. Errors name it."""
+    try:
+        with open_input(path, 8 << 20) as raw:
+            yield need("pyarrow.parquet", path).ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)
+    except UserError:
+        raise
+    except Exception as error:  # of pyarrow and the hub's clients, a dozen kinds
+        raise explained(error, path, cut_short(path, error)) from None
 
-# --------------------------------------------------------------------------------------------------------------- reading
+
+def explained(error, place, message=""):
+    """A UserError with `message`, or with what to do if the hub wants its terms accepted first."""
+    cause = error
+    while cause:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status in (401, 403) or type(cause).__name__ in ("GatedRepoError", "RepositoryNotFoundError"):
+            repo = re.match(r"[\w.-]+/[\w.-]+", place.removeprefix("hf://datasets/"))[0]
+            return UserError(f"the Hugging Face hub has no {repo}, or not for everyone: accept the terms at "
+                             f"https://huggingface.co/datasets/{repo}, then `hf auth login` or HF_TOKEN=...; "
+                             "or give --source=FOLDER_OR_TAR")
+        cause = cause.__cause__ or cause.__context__
+    return UserError(message or str(error))
+
+# -----------------------------------------------------------------------------
+# reading, in the workers
 
 def read(chunk, keys):
-    """(split, name, label, the image file's bytes or None) of each image of a chunk."""
+    """Yields (split, name, label, the image file's bytes or None) of each image of a chunk."""
     if chunk.kind == "digits":
-        for i in range(chunk.where[0], chunk.where[0] + chunk.images):
-            yield "train", f"digit {i}", int(digits().target[i]), np.rint(digits().images[i] * (255 / 16)).astype(np.uint8).tobytes()
+        yield from read_digits(chunk)
     elif chunk.kind == "rows":
-        split, group, first = chunk.where
-        with parquet(chunk.path) as file:
-            rows = ((row[keys[0]], row[keys[1]]) for batch in file.iter_batches(16, row_groups=[group], columns=list(keys), use_threads=False)
-                    for row in batch.to_pylist())
-            for i, (image, label) in enumerate(islice(rows, first, first + chunk.images), first):
-                yield split, f"{chunk.path}:{group}:{i}", label, image.get("bytes") if isinstance(image, dict) else image
+        yield from read_rows(chunk, *keys)
     elif chunk.where[0][3] < 0:
         for split, name, label, _, _ in chunk.where:
             data = None
@@ -265,3 +350,23 @@ def read(chunk, keys):
             for split, name, label, offset, size in chunk.where:
                 file.seek(offset)
                 yield split, name, label, file.read(size)
+
+
+def read_digits(chunk):
+    """8 x 8 pixels, a byte each: scikit-learn's 0 to 16 scaled to 0 to 255."""
+    first = chunk.where[0]
+    for i in range(first, first + chunk.images):
+        pixels = np.rint(digits().images[i] * (255 / 16)).astype(np.uint8)
+        yield "train", f"digit {i}", int(digits().target[i]), pixels.tobytes()
+
+
+def read_rows(chunk, image_key, label_key):
+    split, group, first = chunk.where
+    with parquet(chunk.path) as file:
+        batches = file.iter_batches(16, row_groups=[group], columns=[image_key, label_key], use_threads=False)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for i, row in enumerate(islice(rows, first, first + chunk.images), first):
+            image = row[image_key]
+            if isinstance(image, dict):  # as the datasets library stores images
+                image = image.get("bytes")
+            yield split, f"{chunk.path}:{group}:{i}", row[label_key], image

@@ -1,13 +1,16 @@
 """
-What the scripts that prepare data share: work handed out to processes and taken back in order, one process a folder, bad records.
+The parts that both prepare scripts share: ordered work on all cores, files that survive a kill, checks.
 
-Both read the same chunks in the same order every time and append what comes of them, so a restart goes on behind a chunk's number.
-No settings, nothing at import.
+    finished = run_in_order(work, jobs, take, save, stop, workers, most_bytes)
+
+The scripts read the same chunks in the same order every time and append the results in that order. A restart
+therefore needs only the number of the last chunk that is safely written.
 """
 import contextlib
 import errno
 import fcntl
 import gc
+import glob
 import json
 import multiprocessing
 import os
@@ -15,89 +18,212 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from nanorank.errors import UserError
+from nanorank.files import save_json, writing
 
+SPLITS = ("train", "val", "test")
 NAMED = 5  # bad records named, per reason
 
-# ------------------------------------------------------------------------------------------------------------ processes
+# -----------------------------------------------------------------------------
+# work on all cores
 
 def run_in_order(work, jobs, take, save, stop, workers, most_bytes):
-    """take(work(item), *place) for each (size, item, place) of `jobs`, in order; work runs in other processes. True: to the end.
+    """Calls take(work(item), *place) for each (size, item, place) of `jobs`, in order. True if all are done.
 
-    In flight are at most 2 jobs a worker and 4 more, and `most_bytes` (for each of these) by their `size`. After a signal
-    (`stop`, a common.StopSignal) nothing new is handed out: False. save() comes last: when everything is taken that was handed
-    out, also where `jobs` raised, which is raised again after it; but not where work or take did, for then some is amiss.
-    work: a pure function that pickles. workers: processes; 0: one per core. A killed worker ends the script with status 1.
+    work runs in other processes and is a pure function that pickles. `jobs`, take and save run here.
+    stop: a StopSignal. After a signal no new job is handed out, and the result is False.
+    workers: processes, 0 for one per core. At most n = 2 * workers + 4 jobs are in flight, of at most
+    n * most_bytes bytes by their `size`.
+
+    save() is called at the end. If reading `jobs` fails, the results in flight are taken and saved before the
+    error is raised again. If work or take fails, nothing is saved. A killed worker ends the script, status 1.
     """
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    most, in_flight, pending, jobs, broken = 2 * workers + 4, 0, deque(), iter(jobs), None
+    workers = workers or n_cores()
+    most_jobs = 2 * workers + 4
+    pending = deque()  # (size, future, place), the oldest first
+    in_flight = 0      # bytes
+    jobs = iter(jobs)
+    read_error = None
+
+    def next_job():
+        nonlocal read_error
+        if stop.signal:
+            return None
+        try:
+            return next(jobs, None)
+        except Exception as error:  # the input is damaged; what came before it counts
+            read_error = error
+            return None
+
     # fork: workers share what is imported and loaded; no thread of ours runs yet
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     try:
         with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
-            while True:
-                try:
-                    job = None if stop.signal else next(jobs, None)
-                except Exception as error:  # a file turned out to be damaged: what came before it counts
-                    job, broken = None, error
-                while pending and (job is None or len(pending) >= most or in_flight + job[0] > most * most_bytes):
+            job = next_job()
+            while job or pending:
+                full = len(pending) >= most_jobs or job and in_flight + job[0] > most_jobs * most_bytes
+                if pending and (full or not job):
                     size, future, place = pending.popleft()
                     take(future.result(), *place)
                     in_flight -= size
-                if job is None:
-                    break
-                size, item, place = job
-                pending.append((size, pool.submit(work, item), place))
-                in_flight += size
+                else:
+                    size, item, place = job
+                    pending.append((size, pool.submit(work, item), place))
+                    in_flight += size
+                    job = next_job()
     except BrokenProcessPool:
-        time.sleep(0.5)  # who kills workers may mean this process too: a scheduler that signals every one
+        time.sleep(0.5)  # a scheduler signals every process: our own signal may be on its way
         if stop.signal:
             return False
         script = os.path.basename(sys.argv[0])
-        print(f"{script}: a worker was killed (out of memory? lower --workers); the same command goes on", file=sys.stderr)
+        print(f"{script}: a worker was killed (out of memory? lower --workers); the same command goes on",
+              file=sys.stderr)
         raise SystemExit(1) from None
     save()
-    if broken:
-        raise broken
+    if read_error:
+        raise read_error
     return not stop.signal
 
 
+def n_cores():
+    """The number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def start_worker():
-    """Leaves Ctrl-C and signals to the group to the parent, and ends when that is gone, however it went."""
-    gc.freeze()  # what is shared with the parent stays shared
+    """Leaves Ctrl-C and signals to the parent, and ends when the parent is gone."""
+    gc.freeze()  # memory shared with the parent stays shared
     os.setpgrp()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+# -----------------------------------------------------------------------------
+# files that survive a kill
 
 @contextlib.contextmanager
 def only_process(path, what="this data set"):
-    """Holds a lock file. The kernel lets go of it however this process ends; forked workers do not inherit it."""
+    """Holds a lock on the file `path`. Raises UserError if another process holds it."""
+    # fcntl.lockf, not filelock: the kernel must drop the lock as soon as this process dies, and workers
+    # must not hold it. filelock uses flock, which forks inherit (before its version 4), and where a file
+    # system has no flock it falls back to a marker file, which a kill leaves behind.
     with open(path, "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # other errors: a file system without locks
                 raise UserError(f"another process is at work on {what} ({path} is locked)") from None
         yield
 
-# ------------------------------------------------------------------------------------------------------ files and checks
+
+class RecordedFiles:
+    """Files that are only appended to, and a record of how much of them is safe.
+
+    The record (the .json file `path`) is the truth. Each safe point fsyncs the files, then replaces the
+    record. After a kill the files are cut back to it. A file is called NAME.tmp until the record says that it
+    is full.
+
+    The record is {"settings": ..., "done": bool, "splits": {split: {"files": [{"name": ..., "crc32": ...}]}}}
+    and what the subclass adds. The subclass defines n_bytes(file) and is_full(file) for an entry of "files".
+    Raises UserError if the record was begun with other settings, or if the files do not fit it.
+    """
+
+    def __init__(self, path, new_record, safe_interval):
+        self.path = path
+        self.folder = os.path.dirname(path)
+        self.safe_interval = safe_interval  # seconds
+        self.saved = time.monotonic()
+        self.open = {}  # name: the file that is appended to
+        for stray in glob.glob(glob.escape(path) + ".tmp*"):
+            os.unlink(stray)
+
+        begun = os.path.exists(path)
+        self.record = read_json(path) if begun else new_record
+        refuse_other(self.folder, self.record["settings"], new_record["settings"])
+        self.name_full_files()
+        for file in self.files():
+            if not begun:
+                self.begin(file)
+            elif self.is_full(file):
+                check_size(os.path.join(self.folder, file["name"]), self.n_bytes(file),
+                           f"delete {self.folder} to begin anew")
+            else:
+                self.reopen(file)
+
+    def files(self):
+        return [file for split in self.record["splits"].values() for file in split["files"]]
+
+    def temporary(self, file):
+        return os.path.join(self.folder, file["name"]) + ".tmp"
+
+    def begin(self, file):
+        self.open[file["name"]] = open(self.temporary(file), "wb")
+
+    def reopen(self, file):
+        """Opens a file behind its recorded bytes and cuts off any that come later."""
+        path = self.temporary(file)
+        size = self.n_bytes(file)
+        if not os.path.exists(path) or os.path.getsize(path) < size:
+            raise UserError(f"{path} is missing or shorter than {self.path} says: "
+                            f"delete {self.folder} to begin anew")
+        stream = open(path, "r+b")
+        stream.truncate(size)
+        stream.seek(size)
+        self.open[file["name"]] = stream
+
+    def append(self, file, data):
+        """Appends bytes to a file and brings its checksum up to date; the caller updates its own counts."""
+        stream = self.open[file["name"]]
+        with writing(stream.name):
+            stream.write(data)
+        file["crc32"] = f"{zlib.crc32(data, int(file['crc32'], 16)):08x}"
+
+    def is_due(self):
+        return time.monotonic() - self.saved >= self.safe_interval
+
+    def save(self):
+        """A safe point: first the files, then the record, then the names of full files."""
+        for stream in self.open.values():
+            with writing(stream.name):
+                stream.flush()
+                os.fsync(stream.fileno())
+        save_json(self.path, self.record)
+        self.name_full_files()
+        self.saved = time.monotonic()
+
+    def name_full_files(self):
+        for file in self.files():
+            if self.is_full(file) and os.path.exists(self.temporary(file)):
+                os.replace(self.temporary(file), os.path.join(self.folder, file["name"]))
+                if file["name"] in self.open:
+                    self.open.pop(file["name"]).close()
+
 
 def read_json(path):
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete {os.path.dirname(path)} to begin anew") from None
+        folder = os.path.dirname(path)
+        raise UserError(f"{path} is damaged ({error}): delete {folder} to begin anew") from None
 
+# -----------------------------------------------------------------------------
+# checks
 
 def check_range(settings, **least):
-    """Raises UserError for a setting below its least value, and for a --dataset that is no plain name."""
+    """Raises UserError for a setting below its least value, and for a --dataset that is not a plain name."""
     for name, value in least.items():
         if settings[name] < value:
             raise UserError(f"--{name}={settings[name]}: expects {value} or more")
@@ -111,34 +237,48 @@ def refuse_other(folder, theirs, ours):
     for name, value in ours.items():
         if theirs.get(name) != value:
             flag = name if " " in name else f"--{name}"
-            raise UserError(f"{folder} was made with {flag}={theirs.get(name)}, not {value}: take another --dataset or delete it")
+            raise UserError(f"{folder} was made with {flag}={theirs.get(name)}, not {value}: "
+                            "take another --dataset or delete it")
 
 
 def check_size(path, size, fix):
-    """Raises UserError where a file that was written does not hold `size` bytes; fix: what to do about it."""
+    """Raises UserError if a file that was written does not hold `size` bytes; fix: what to do about it."""
     if not os.path.exists(path) or os.path.getsize(path) != size:
         raise UserError(f"{path} is missing or not as long as it was: {fix}")
 
+# -----------------------------------------------------------------------------
+# records (documents, images)
 
-def reopen(path, size, record):
-    """A file to append to behind its first `size` bytes; `record`, the file that says so, is the truth, so what came later is cut."""
-    if not os.path.exists(path) or os.path.getsize(path) < size:
-        raise UserError(f"{path} is missing or shorter than {record} says: delete {os.path.dirname(path)} to begin anew")
-    file = open(path, "r+b")
-    file.truncate(size)
-    file.seek(size)
-    return file
+class BadRecord(ValueError):
+    """A document or image that is left out. The message is the reason, under which meta.json counts it."""
 
-# ----------------------------------------------------------------------------------------------------------- bad records
 
 def add_bad(bad, reason, count, places):
     """Counts bad records in `bad`, {reason: {"count": n, "first": [places of the first few]}}."""
     entry = bad.setdefault(reason, {"count": 0, "first": []})
     entry["count"] += count
-    entry["first"] = (entry["first"] + [place.encode("utf-8", "backslashreplace").decode() for place in places])[:NAMED]
+    for place in places[:NAMED - len(entry["first"])]:
+        entry["first"].append(place.encode("utf-8", "backslashreplace").decode())
 
 
 def bad_line(bad, what="records"):
-    return f"bad {what}, left out: " + "; ".join(
-        f"{entry['count']:,} {reason} ({', '.join(entry['first'])}{', ...' * (entry['count'] > len(entry['first']))})"
-        for reason, entry in bad.items())
+    """One line on all bad records, to follow another; empty if there are none."""
+    reasons = []
+    for reason, entry in bad.items():
+        places = list(entry["first"])
+        if entry["count"] > len(places):
+            places.append("...")
+        reasons.append(f"{entry['count']:,} {reason} ({', '.join(places)})")
+    if not reasons:
+        return ""
+    return f"; bad {what}, left out: " + "; ".join(reasons)
+
+
+def split_by_hash(data, share):
+    """The split of a document or image, by the CRC32 of its bytes; share: {"val": 0.02, "test": 0.02}."""
+    u = zlib.crc32(data) / 2**32  # in [0, 1)
+    if u < share["test"]:
+        return "test"
+    if u < share["test"] + share["val"]:
+        return "val"
+    return "train"

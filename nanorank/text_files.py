@@ -1,145 +1,229 @@
 """
-Text on disk or on the Hugging Face hub -> its files -> chunks of some 1 MiB, the same ones every time.
+Finds files of text, here or on the Hugging Face hub, and cuts them into chunks, the same ones every time.
 
     for file in find_files("folder,more.jsonl.zst"):
         for chunk in read_chunks(file, text_key="text", max_bytes=64 << 20):
-            chunk.data    # a block of whole JSON lines, a piece of plain text (bytes), or a list of parquet values
+            chunk.data    # whole JSON lines or a piece of plain text (bytes), or a list of parquet values
 
-Formats: .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt. What a caller's input is to blame for is a ValueError that names the file.
+Formats: .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt. Unreadable input is a UserError that names the file.
 """
+import filecmp
 import gzip
 import importlib
 import io
+import json
 import os
 import re
 import sysconfig
 from typing import NamedTuple
 
 from nanorank.errors import UserError
+from nanorank.shards import BadRecord
+
+try:
+    from orjson import loads  # twice as fast as json
+except ImportError:
+    from json import loads
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt")
-CHUNK = 1 << 20    # bytes of input in a chunk
-OVERLONG = b"\0 too long"  # stands in for a line that is: no JSON begins so
-
-
-class InputError(UserError):
-    """A message that is complete as it is."""
+HUB_ID = r"\w[\w.-]*/\w[\w./-]*"  # org/name or org/name/folder
+CHUNK = 1 << 20                   # bytes of input in a chunk
+OVERLONG = b"\0 too long"         # replaces a line that is too long; no JSON begins so
 
 
 def need(module, what):
+    """The module. Raises UserError that names the package to install if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise InputError(f"{what} needs {module.partition('.')[0]}: pip install {module.partition('.')[0]}") from None
+        package = module.partition(".")[0]
+        raise UserError(f"{what} needs {package}: pip install {package}") from None
 
 
 def first_line(error):
-    return (str(getattr(error, "strerror", None) or error).strip() or type(error).__name__).splitlines()[0][:150]
+    """The first line of an exception's message, shortened."""
+    message = str(getattr(error, "strerror", None) or error).strip()
+    return (message or type(error).__name__).splitlines()[0][:150]
 
-# -------------------------------------------------------------------------------------------------------------- files
+# -----------------------------------------------------------------------------
+# files
 
 class Input(NamedTuple):
-    split: str  # where its documents go; empty: by hash
+    split: str  # split of its documents; empty: by hash
     path: str   # to open; hf:// on the hub
     name: str   # below its source, the same on all machines
     size: int   # bytes
 
 
 def find_files(places):
-    """The files of a source, sorted, `split` set to val or test where names say so. Raises UserError where there are none."""
+    """The files of a source, sorted, with `split` set to val or test if names say so.
+
+    places: the setting --source. Raises UserError if there are no files.
+    """
     if places in ("python", "packages"):
-        library = walk(sysconfig.get_path("stdlib"), (".py",), without=("site-packages", "dist-packages", "test", "tests", "idle_test"))
-        return library + (walk(sysconfig.get_path("purelib"), (".py", ".pyi", ".md", ".rst", ".txt")) if places == "packages" else [])
+        return installed_files(places)
     found = []
     for place in places.split(","):
         if os.path.isdir(place):
             files = walk(place, SUFFIXES)
         elif os.path.exists(place):
             files = [Input("", place, os.path.basename(place), os.path.getsize(place))]
-        elif re.fullmatch(r"\w[\w.-]*/\w[\w./-]*", place) and not place.endswith(SUFFIXES):
+        elif re.fullmatch(HUB_ID, place) and not place.endswith(SUFFIXES):
             files = hub_files(place)
         else:
-            raise UserError(f"--source={place}: no such file or folder, and no Hugging Face id (org/name) either")
+            raise UserError(f"--source={place}: no such file or folder, "
+                            "and no Hugging Face id (org/name) either")
         files = [file for file in files if file.name.endswith(SUFFIXES)]
         if not files:
             raise UserError(f"{place}: expects files in {', '.join(SUFFIXES)}")
-        if any(split_in_name(file.name) == "train" for file in files):
-            files = [file._replace(split=split_in_name(file.name).replace("train", "")) for file in files]
-        found += files
+
+        # val and test in a name mean splits only if other names hold train
+        splits = [split_in_name(file.name) for file in files]
+        for file, split in zip(files, splits):
+            if split == "train" or "train" not in splits:
+                split = ""
+            found.append(file._replace(split=split))
     return found
 
 
 def split_in_name(name):
+    """train, val, test, or empty if a file's name says nothing."""
     for split, words in (("train", "train"), ("val", "val|valid|validation|dev"), ("test", "test")):
         if re.search(rf"(^|[/._-])({words})([/._-]|\d|$)", name):
             return split
     return ""
 
 
+def installed_files(which):
+    """python: the library of this Python; packages: also the installed packages, with their documents."""
+    tests_and_packages = ("site-packages", "dist-packages", "test", "tests", "idle_test")
+    files = walk(sysconfig.get_path("stdlib"), (".py",), without=tests_and_packages)
+    if which == "packages":
+        files += walk(sysconfig.get_path("purelib"), (".py", ".pyi", ".md", ".rst", ".txt"))
+    return files
+
+
 def walk(root, suffixes, without=()):
+    """The files below a folder, sorted by name; hidden ones and the folders `without` are left out."""
     files = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
-        for path in (os.path.join(folder, name) for name in names if name.endswith(suffixes) and not name.startswith(".")):
-            files.append(Input("", path, os.path.relpath(path, root), os.path.getsize(path)))
+        for name in names:
+            if name.endswith(suffixes) and not name.startswith("."):
+                path = os.path.join(folder, name)
+                files.append(Input("", path, os.path.relpath(path, root), os.path.getsize(path)))
     return sorted(files, key=lambda file: file.name)
 
 
 def hub_files(place):
-    """The files of a Hugging Face dataset, org/name or org/name/folder, at its newest revision, which their paths pin."""
+    """The files of a Hugging Face dataset, org/name or org/name/folder, at its newest revision.
+
+    Their paths hold that revision, so that all machines and restarts read the same bytes.
+    """
     hub = need("huggingface_hub", f"--source={place}")
-    repo, below = "/".join(place.split("/")[:2]), "/".join(place.split("/")[2:]).rstrip("/")
+    org, name, *folders = place.rstrip("/").split("/")
+    repo = f"{org}/{name}"
+    below = "".join(f"{folder}/" for folder in folders)
     try:
         info = hub.HfApi().dataset_info(repo, files_metadata=True, timeout=10)
     except Exception as error:  # of httpx, requests or huggingface_hub, as versions differ
-        raise UserError(f"{place} is no file or folder here, and the Hugging Face hub did not give it: {first_line(error)}") from None
-    return [Input("", f"hf://datasets/{repo}@{info.sha}/{file.rfilename}", file.rfilename, file.size or 1)
-            for file in sorted(info.siblings, key=lambda file: file.rfilename) if file.rfilename.startswith(below and below + "/")]
+        raise UserError(f"{place} is no file or folder here, and the Hugging Face hub did not give it: "
+                        f"{first_line(error)}") from None
+    files = []
+    for file in sorted(info.siblings, key=lambda file: file.rfilename):
+        if file.rfilename.startswith(below):
+            path = f"hf://datasets/{repo}@{info.sha}/{file.rfilename}"
+            files.append(Input("", path, file.rfilename, file.size or 1))
+    return files
 
-# ------------------------------------------------------------------------------------------------------ files to chunks
+
+def leave_out_twins(files):
+    """The files without those of train that hold the same bytes as a file of val or test. Says so."""
+    held_out = {}  # size: files of val and test
+    for file in files:
+        if file.split and file.size and os.path.exists(file.path):
+            held_out.setdefault(file.size, []).append(file)
+    kept = []
+    for file in files:
+        twin = None
+        if not file.split and os.path.exists(file.path):
+            for other in held_out.get(file.size, []):
+                if twin is None and filecmp.cmp(file.path, other.path, shallow=False):
+                    twin = other
+        if twin:
+            print(f"note: {file.path} holds the same bytes as {twin.path} of {twin.split}: left out of train")
+        else:
+            kept.append(file)
+    return kept
+
+# -----------------------------------------------------------------------------
+# files to chunks
 
 class Chunk(NamedTuple):
-    """Some 1 MiB of a file: a block of JSON lines, a piece of plain text (both bytes), or a list of parquet values."""
+    """About 1 MiB of a file."""
     kind: str    # jsonl, txt, parquet
-    split: str   # where its documents go; empty: by hash
+    split: str   # split of its documents; empty: by hash
     first: int   # number of its first line or row, from 1
-    data: bytes | list
-    seen: float  # share of the file that is read with it
+    data: bytes | list  # whole lines or a piece of plain text (bytes); parquet: a list of values
+    seen: float  # share of the file that has been read with it
+
+    def size(self):
+        """Bytes held; characters for parquet."""
+        if self.kind == "parquet":
+            return sum(len(str(text)) for text in self.data)
+        return len(self.data)
 
 
 def read_chunks(file, text_key, max_bytes, size=CHUNK):
-    """The chunks of a file, some `size` bytes each, the same ones every time; a line beyond max_bytes becomes OVERLONG.
+    """The chunks of a file, about `size` bytes each, the same ones every time.
 
+    A line longer than max_bytes becomes OVERLONG. text_key: the column of a .parquet file.
     Raises UserError naming a file that is damaged or cut short.
     """
-    kind, blocks = ("parquet", parquet_blocks) if file.name.endswith(".parquet") else \
-        ("jsonl", line_blocks) if ".jsonl" in file.name else ("txt", text_blocks)
     first = 1
     try:
-        with need("huggingface_hub", file.path).HfFileSystem().open(file.path, block_size=32 << 20) \
-                if file.path.startswith("hf://") else open(file.path, "rb") as raw:
-            for data, seen in blocks(raw, file, size, text_key if kind == "parquet" else max_bytes):
+        with open_input(file.path, 32 << 20) as raw:
+            if file.name.endswith(".parquet"):
+                kind, blocks = "parquet", parquet_blocks(raw, file, size, text_key)
+            elif ".jsonl" in file.name:
+                kind, blocks = "jsonl", line_blocks(raw, file, size, max_bytes)
+            else:
+                kind, blocks = "txt", text_blocks(raw, file, size)
+            for data, seen in blocks:
                 yield Chunk(kind, file.split, first, data, seen)
                 first += len(data) if kind == "parquet" else data.count(b"\n")
-    except InputError:
+    except UserError:
         raise
     except Exception as error:  # pyarrow, gzip, zlib and the hub's clients raise a dozen kinds
-        raise UserError(f"{file.path}: damaged or cut short ({first_line(error)}); what is done is kept, "
-                         "and the same command goes on once the file is whole") from None
+        raise UserError(cut_short(file.path, error)) from None
+
+
+def open_input(path, block_size):
+    """A file here or on the hub, opened to read bytes; block_size: bytes fetched from the hub at once."""
+    if path.startswith("hf://"):
+        return need("huggingface_hub", path).HfFileSystem().open(path, block_size=block_size)
+    return open(path, "rb")
+
+
+def cut_short(path, error):
+    return (f"{path}: damaged or cut short ({first_line(error)}); what is done is kept, "
+            "and the same command goes on once the file is whole")
 
 
 def line_blocks(raw, file, size, max_bytes):
-    """Blocks of whole lines, size bytes and up to a line more. A line beyond max_bytes becomes OVERLONG."""
-    text, rest = raw, bytearray()
+    """Yields (whole lines, share of the file read): `size` bytes and up to a line more."""
+    text = raw
     if file.name.endswith(".gz"):
         text = gzip.GzipFile(fileobj=raw)
-    elif file.name.endswith(".zst"):  # pyarrow's stream tells a truncated file, zstandard's does not
+    elif file.name.endswith(".zst"):  # pyarrow's stream notices a truncated file, zstandard's does not
         text = io.BufferedReader(need("pyarrow", file.path).CompressedInputStream(raw, "zstd"), size)
+    rest = bytearray()  # a line whose end is not yet read
     while block := text.read(size):
-        cut = block.rfind(b"\n") + 1
-        if cut:
-            yield bytes(rest) + block[block.find(b"\n") if rest == OVERLONG else 0:cut], raw.tell() / file.size
-            rest = bytearray(block[cut:])
+        end = block.rfind(b"\n") + 1
+        if end:
+            start = block.find(b"\n") if rest == OVERLONG else 0
+            yield bytes(rest) + block[start:end], raw.tell() / file.size
+            rest = bytearray(block[end:])
         elif rest != OVERLONG:
             rest += block
             if len(rest) > max_bytes:
@@ -148,28 +232,92 @@ def line_blocks(raw, file, size, max_bytes):
         yield bytes(rest), 1.0
 
 
-def text_blocks(raw, file, size, _):
-    """Pieces of at most size bytes, cut behind a line where there is one, else between two characters."""
+def text_blocks(raw, file, size):
+    """Yields (piece, share of the file read): at most `size` bytes, cut at a line or between characters."""
     rest = b""
     while block := rest + raw.read(size - len(rest)):
-        cut = len(block)
-        if cut == size:
-            cut = block.rfind(b"\n") + 1
-            if not cut:
-                cut = next(i for i in range(size - 1, 0, -1) if block[i] & 0xC0 != 0x80)  # where a character begins
-        yield block[:cut], raw.tell() / file.size
-        rest = block[cut:]
+        end = len(block)
+        if end == size:
+            end = block.rfind(b"\n") + 1
+            if not end:
+                end = size - 1
+                while end and block[end] & 0xC0 == 0x80:  # inside a character of UTF-8
+                    end -= 1
+                if not end:
+                    raise UserError(cut_short(file.path, "no UTF-8"))
+        yield block[:end], raw.tell() / file.size
+        rest = block[end:]
 
 
 def parquet_blocks(raw, file, size, text_key):
-    """Lists of values, some size bytes each."""
+    """Yields (list of values, share of the file read): about `size` bytes."""
     parquet = need("pyarrow.parquet", file.path).ParquetFile(raw, pre_buffer=False, buffer_size=size)
-    if text_key not in parquet.schema_arrow.names:
-        raise InputError(f"{file.path}: no column {text_key!r} among {', '.join(parquet.schema_arrow.names)}; --text_key names it")
-    texts, held, rows = [], 0, 0
+    columns = parquet.schema_arrow.names
+    if text_key not in columns:
+        raise UserError(f"{file.path}: no column {text_key!r} among {', '.join(columns)}; "
+                        "--text_key names it")
+    n_rows = parquet.metadata.num_rows
+    texts = []
+    n_bytes = 0
+    rows = 0
     for batch in parquet.iter_batches(batch_size=64, columns=[text_key]):
         texts += batch.column(0).to_pylist()
-        held, rows = held + batch.nbytes, rows + len(batch)
-        if held >= size or rows == parquet.metadata.num_rows:
-            yield texts, rows / parquet.metadata.num_rows
-            texts, held = [], 0
+        n_bytes += batch.nbytes
+        rows += len(batch)
+        if n_bytes >= size or rows == n_rows:
+            yield texts, rows / n_rows
+            texts = []
+            n_bytes = 0
+
+# -----------------------------------------------------------------------------
+# chunks to texts
+
+def records_of(chunk):
+    """Yields (number in the file, record): lines that are not blank, rows, or one piece of plain text."""
+    if chunk.kind == "txt":
+        yield chunk.first, chunk.data
+    elif chunk.kind == "parquet":
+        yield from enumerate(chunk.data, chunk.first)
+    else:
+        for number, line in enumerate(chunk.data.split(b"\n"), chunk.first):
+            if line.strip():
+                yield number, line
+
+
+def text_of(record, kind, text_key, max_bytes):
+    """The text of a record, as str and as UTF-8. Raises BadRecord with the reason if it has none."""
+    if record == OVERLONG:
+        raise BadRecord("longer than --max_document_mb")
+    text = record
+    try:
+        if kind == "jsonl":
+            text = parse(record)
+        elif kind == "txt":
+            text = record.decode()
+    except UnicodeDecodeError:
+        raise BadRecord("invalid UTF-8") from None
+    except (ValueError, RecursionError):
+        raise BadRecord("broken JSON") from None
+    if kind == "jsonl":
+        if not isinstance(text, dict):
+            raise BadRecord("not a JSON object")
+        if text_key not in text:
+            raise BadRecord(f"no key {text_key!r}")
+        text = text[text_key]
+    if not isinstance(text, str):
+        raise BadRecord(f"{text_key!r} is not a string")
+    try:
+        utf8 = text.encode()
+    except UnicodeEncodeError:  # lone surrogates
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        utf8 = text.encode()
+    if len(utf8) > max_bytes:
+        raise BadRecord("longer than --max_document_mb")
+    return text, utf8
+
+
+def parse(line):
+    try:
+        return loads(line)
+    except ValueError:  # orjson refuses lone surrogates
+        return json.loads(line.decode())

@@ -1,4 +1,5 @@
-"""prepare_pile.py: every source, the splits, kills at random moments, parts, bad input. The witness is tiktoken's encode_ordinary."""
+"""prepare_pile.py: sources, splits, kills, parts, bad input. The reference is tiktoken's encode_ordinary."""
+import contextlib
 import gzip
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +20,14 @@ import tiktoken
 
 import prepare_pile
 from nanorank import text_files
+from nanorank.errors import user_errors
+from nanorank.shards import SPLITS, only_process
 from nanorank.tokens import TokenSplit, crc32, read_meta
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-WORDS = "the of and in there then here other heat rate in\n the  \n\n\tthen é 中文 😀 he's 123 1,000 <|other|> a_b \u00a0 x=y;".split(" ")
+WORDS = ("the of and in there then here other heat rate in\n the  \n\n\tthen é 中文 😀 he's "
+         "123 1,000 <|other|> a_b \u00a0 x=y;").split(" ")
+X = "data/x"  # the folder that `prepare` writes, in tmp_path
 fork = multiprocessing.get_context("fork")
 
 
@@ -33,7 +39,8 @@ def tiny_encoding():
         ranks[merge] = len(ranks)
     tiktoken.list_encoding_names()  # fills the registry
     tiktoken.registry.ENCODING_CONSTRUCTORS["tiny"] = lambda: {
-        "name": "tiny", "mergeable_ranks": ranks, "special_tokens": {"<|endoftext|>": len(ranks), "<|other|>": len(ranks) + 1},
+        "name": "tiny", "mergeable_ranks": ranks,
+        "special_tokens": {"<|endoftext|>": len(ranks), "<|other|>": len(ranks) + 1},
         "pat_str": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"}
     yield
     del tiktoken.registry.ENCODING_CONSTRUCTORS["tiny"]
@@ -42,17 +49,23 @@ def tiny_encoding():
 
 @pytest.fixture
 def prepare(tmp_path, monkeypatch, capfd):
-    """Runs prepare_pile.main() with these settings; returns (exit status, output). Chunks are small, so that there are many."""
+    monkeypatch.setattr(prepare_pile, "CHUNK", 4096)  # so that there are many
+    defaults = {"data_dir": tmp_path / "data", "dataset": "x", "tokenizer": "tiny", "workers": 2}
+    yield from runner(prepare_pile, defaults, monkeypatch, capfd)
+
+
+def runner(script, defaults, monkeypatch, capfd):
+    """Yields a function that runs script.main() with given settings and returns (exit status, output)."""
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    monkeypatch.setattr(prepare_pile, "CHUNK", 4096)
 
     def run(**settings):
-        for name, value in ({"data_dir": str(tmp_path / "data"), "dataset": "x", "tokenizer": "tiny", "workers": 2} | settings).items():
-            assert hasattr(prepare_pile, name)
-            monkeypatch.setattr(prepare_pile, name, str(value) if isinstance(value, pathlib.Path) else value)
+        for name, value in (defaults | settings).items():
+            assert hasattr(script, name)
+            monkeypatch.setattr(script, name, str(value) if isinstance(value, pathlib.Path) else value)
         capfd.readouterr()
         try:
-            status = prepare_pile.main() or 0
+            with user_errors(os.path.basename(script.__file__)):  # as the script does
+                status = script.main() or 0
         except SystemExit as stop:
             status = stop.code
         output = "".join(capfd.readouterr())
@@ -64,6 +77,13 @@ def prepare(tmp_path, monkeypatch, capfd):
         signal.signal(number, handler)
 
 
+def one_line(result, *words):
+    status, output = result
+    assert status == 2 and output.count("\n") == 1, output
+    for word in words:
+        assert word in output, output
+
+
 def texts_like_the_pile(n, seed=0):
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.choice((0, 1, 3, 30, 300)))) for _ in range(n)]
@@ -71,18 +91,20 @@ def texts_like_the_pile(n, seed=0):
 
 def write_jsonl(path, texts):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text, "meta": {"n": i}}) + "\n" for i, text in enumerate(texts)))
+    records = [{"text": text, "meta": {"n": i}} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
-def witness(texts, name="tiny"):
+def reference(texts, name="tiny"):
     enc = tiktoken.get_encoding(name)
     return [i for text in texts for i in (*enc.encode_ordinary(text), enc.eot_token)]
 
 
 def ids(folder, split):
     meta = json.loads((folder / "meta.json").read_text())
-    return np.concatenate([np.fromfile(folder / file["name"], dtype="<u2") for file in meta["splits"][split]["files"]] or [[]]).tolist()
+    files = [np.fromfile(folder / file["name"], dtype="<u2") for file in meta["splits"][split]["files"]]
+    return np.concatenate(files or [[]]).tolist()
 
 
 def documents(folder, split):
@@ -97,12 +119,14 @@ def documents(folder, split):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix == ".bin" or path.name == "meta.json"}
+    """{name: bytes} of the files that a trainer reads."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())
+            if path.suffix in (".bin", ".idx") or path.name == "meta.json"}
 
 
 NO_SPLIT = {"val_fraction": 0.0, "test_fraction": 0.0}
 
-# ------------------------------------------------------------------------------------------------------------- sources
+# ---------------------------------------------------------------------- sources
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
 def test_format(prepare, tmp_path, suffix):
@@ -114,32 +138,35 @@ def test_format(prepare, tmp_path, suffix):
         pq.write_table(pa.table({"other": list(range(200)), "text": texts}), path, row_group_size=70)
     elif suffix == ".jsonl.zst":  # two frames, as parallel compressors and cat write them
         pa = pytest.importorskip("pyarrow")
-        path.write_bytes(b"".join(pa.compress(part, codec="zstd", asbytes=True) for part in (plain[:5000], plain[5000:])))
+        frames = [pa.compress(part, codec="zstd", asbytes=True) for part in (plain[:5000], plain[5000:])]
+        path.write_bytes(b"".join(frames))
     elif suffix == ".jsonl.gz":
         path.write_bytes(gzip.compress(plain[:5000]) + gzip.compress(plain[5000:]))
     else:
         path = tmp_path / "plain.jsonl"
     assert prepare(source=path, **NO_SPLIT)[0] == 0
-    folder = tmp_path / "data" / "x"
-    assert ids(folder, "train") == witness(texts)
+    folder = tmp_path / X
+    assert ids(folder, "train") == reference(texts)
     meta = read_meta(str(folder))
-    assert (meta["vocab_size"], meta["eot"], meta["dtype"], meta["tokenizer"], meta["source"]) == (268, 266, "uint16", "tiny", str(path))
+    about = {"vocab_size": 268, "eot": 266, "dtype": "uint16", "tokenizer": "tiny", "source": str(path)}
+    assert about.items() <= meta.items()
     assert meta["splits"]["train"]["documents"] == 200 and not meta["bad_records"]
     assert all(file["crc32"] == crc32(folder / file["name"]) for file in meta["splits"]["train"]["files"])
     split = TokenSplit(str(folder), "train", 64)
-    assert split.n_tokens == meta["splits"]["train"]["tokens"] == len(witness(texts))
-    assert split.windows(np.array([0]))[0].tolist() == witness(texts)[:65]
+    assert split.n_tokens == meta["splits"]["train"]["tokens"] == len(reference(texts))
+    assert split.windows(np.array([0]))[0].tolist() == reference(texts)[:65]
 
 
 def test_text_files_and_folders(prepare, tmp_path):
-    """A folder is read in order; a .txt is one document, cut only beyond a chunk, and then between characters and behind lines."""
+    """A folder is read in order; a .txt is one document, cut beyond a chunk, behind lines or characters."""
     lines, solid = "the line é\n" * 700, "中" * 3000  # 9,100 and 9,000 bytes, chunks are 4,096
-    for name, text in (("b/2.txt", "two"), ("b/1.txt", "é\r\n"), ("a.txt", lines), ("c.txt", solid), ("empty.txt", ""), ("no.md", "no")):
+    for name, text in (("b/2.txt", "two"), ("b/1.txt", "é\r\n"), ("a.txt", lines), ("c.txt", solid),
+                       ("empty.txt", ""), ("no.md", "no")):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(text.encode())
     assert prepare(source=tmp_path / "in", **NO_SPLIT)[0] == 0
     enc = tiktoken.get_encoding("tiny")
-    found = [enc.decode(document[:-1], errors="strict") for document in documents(tmp_path / "data" / "x", "train")]
+    found = [enc.decode(document[:-1], errors="strict") for document in documents(tmp_path / X, "train")]
     pieces_of_lines = [text for text in found if text.startswith("the line")]
     pieces_of_solid = [text for text in found if text.startswith("中")]
     assert "".join(pieces_of_lines) == lines and all(text.endswith("\n") for text in pieces_of_lines)
@@ -149,7 +176,8 @@ def test_text_files_and_folders(prepare, tmp_path):
 
 def test_python_and_packages(prepare, tmp_path, monkeypatch):
     (tmp_path / "lib" / "site-packages").mkdir(parents=True)
-    for name, text in (("b.py", "b = 'é'\n"), ("a.py", "a = 1\n"), ("site-packages/c.py", "c"), ("site-packages/c.rst", "d"), ("d.txt", "no"),
+    for name, text in (("b.py", "b = 'é'\n"), ("a.py", "a = 1\n"), ("d.txt", "no"),
+                       ("site-packages/c.py", "c"), ("site-packages/c.rst", "d"),
                        ("site-packages/c.so", "no")):
         (tmp_path / "lib" / name).write_text(text, encoding="utf-8")
     places = {"stdlib": tmp_path / "lib", "purelib": tmp_path / "lib" / "site-packages"}
@@ -164,34 +192,37 @@ def test_python_and_packages(prepare, tmp_path, monkeypatch):
 
 
 def test_hub(prepare, tmp_path, monkeypatch):
-    """The Pile's layout on a hub that is a folder here: its own val and test, streamed; and a hub that cannot be reached."""
+    """The Pile's layout, with its own val and test, on a hub that is a folder here; a hub out of reach."""
     hub = pytest.importorskip("huggingface_hub")
     local = pytest.importorskip("fsspec.implementations.local")
-    parts = {name: texts_like_the_pile(50, seed) for seed, name in enumerate(("train/00", "train/01", "val", "test"))}
+    names = ("train/00", "train/01", "val", "test")
+    parts = {name: texts_like_the_pile(50, seed) for seed, name in enumerate(names)}
     for name, texts in parts.items():
         write_jsonl(tmp_path / "hub" / f"{name}.jsonl", texts)
 
     class Files(local.LocalFileSystem):
         def open(self, path, **kwargs):
             assert path.startswith("hf://datasets/org/pile@abc/")
-            return super().open(str(tmp_path / "hub" / path.removeprefix("hf://datasets/org/pile@abc/")), "rb")
+            name = path.removeprefix("hf://datasets/org/pile@abc/")
+            return super().open(str(tmp_path / "hub" / name), "rb")
 
     class Api:
         def dataset_info(self, repo, **kwargs):
             if repo != "org/pile":
                 raise ConnectionError("Name or service not known\nand more")
-            siblings = [type("S", (), {"rfilename": f"{name}.jsonl", "size": 9}) for name in parts]
-            return type("Info", (), {"sha": "abc", "siblings": [*siblings, type("S", (), {"rfilename": "README.md", "size": None})]})
+            siblings = [SimpleNamespace(rfilename=f"{name}.jsonl", size=9) for name in parts]
+            siblings.append(SimpleNamespace(rfilename="README.md", size=None))
+            return SimpleNamespace(sha="abc", siblings=siblings)
 
     monkeypatch.setattr(hub, "HfApi", Api)
     monkeypatch.setattr(hub, "HfFileSystem", Files)
     assert prepare(source="org/pile")[0] == 0
-    assert ids(tmp_path / "data" / "x", "train") == witness(parts["train/00"] + parts["train/01"])
-    assert ids(tmp_path / "data" / "x", "val") == witness(parts["val"]) and ids(tmp_path / "data" / "x", "test") == witness(parts["test"])
-    status, output = prepare(source="org/other", dataset="y")
-    assert status == 2 and "hub did not give it: Name or service" in output and output.count("\n") == 1
+    assert ids(tmp_path / X, "train") == reference(parts["train/00"] + parts["train/01"])
+    for split in ("val", "test"):
+        assert ids(tmp_path / X, split) == reference(parts[split])
+    one_line(prepare(source="org/other", dataset="y"), "hub did not give it: Name or service")
 
-# -------------------------------------------------------------------------------------------------------------- splits
+# ----------------------------------------------------------------------- splits
 
 def test_hash_split_depends_on_nothing_else(prepare, tmp_path):
     texts = texts_like_the_pile(1000)
@@ -202,12 +233,12 @@ def test_hash_split_depends_on_nothing_else(prepare, tmp_path):
     prepare(source=tmp_path / "b.jsonl", dataset="b", workers=1, **shares)
     for shard_index in (2, 0, 1):
         prepare(source=tmp_path / "a.jsonl", dataset="c", num_shards=3, shard_index=shard_index, **shares)
-    a, b, c = ({split: documents(tmp_path / "data" / name, split) for split in prepare_pile.SPLITS} for name in "abc")
+    a, b, c = ({split: documents(tmp_path / "data" / name, split) for split in SPLITS} for name in "abc")
     assert a == b == c
     every = {split: {tuple(document) for document in a[split]} for split in a}
     assert sum(len(a[split]) for split in a) == 1000
-    assert not every["train"] & every["val"] and not every["train"] & every["test"] and not every["val"] & every["test"]
-    distinct = sum(map(len, every.values()))
+    distinct = len(set.union(*every.values()))
+    assert distinct == sum(map(len, every.values()))  # none is in two splits
     assert abs(len(every["val"]) / distinct - 0.2) < 0.05 and abs(len(every["test"]) / distinct - 0.1) < 0.05
 
 
@@ -215,16 +246,18 @@ def test_given_val_and_test_files(prepare, tmp_path):
     parts = {name: texts_like_the_pile(100, seed) for seed, name in enumerate(("train", "other", "held"))}
     for name, texts in parts.items():
         write_jsonl(tmp_path / "in" / f"{name}.jsonl", texts)
-    prepare(source=tmp_path / "in", val_source=tmp_path / "in" / "held.jsonl", test_fraction=0.0)  # held is not in train too
-    assert ids(tmp_path / "data" / "x", "val") == witness(parts["held"])
-    assert ids(tmp_path / "data" / "x", "train") == witness(parts["other"] + parts["train"])
-    status, output = prepare(source=tmp_path / "in" / "held.jsonl", val_source=tmp_path / "in", dataset="y")
+    held = tmp_path / "in" / "held.jsonl"  # not in train too
+    prepare(source=tmp_path / "in", val_source=held, test_fraction=0.0)
+    assert ids(tmp_path / X, "val") == reference(parts["held"])
+    assert ids(tmp_path / X, "train") == reference(parts["other"] + parts["train"])
+    status, output = prepare(source=held, val_source=tmp_path / "in", dataset="y")
     assert status == 2 and "no files are left for the train split" in output
 
-# ----------------------------------------------------------------------------------------------------------------- ids
+# -------------------------------------------------------------------------- ids
 
-HARD = ["", " ", "\n", "<|endoftext|>", "a <|endoftext|> b <|other|>", "<|endoftext|", "|endoftext|>", "\0", "\ufeff bom", "e\u0301 \u200b",
-        "\ud800", "x \udc00\ud83d y", "\U0001f600" * 50, "a" * 40_000, " " * 9_000 + "x", "the " * 20_000, "line\u2028sep\x85nel\x1c"]
+HARD = ["", " ", "\n", "<|endoftext|>", "a <|endoftext|> b <|other|>", "<|endoftext|", "|endoftext|>", "\0",
+        "\ufeff bom", "e\u0301 \u200b", "\ud800", "x \udc00\ud83d y", "\U0001f600" * 50, "a" * 40_000,
+        " " * 9_000 + "x", "the " * 20_000, "line\u2028sep\x85nel\x1c"]
 
 
 @pytest.mark.parametrize("name", ["tiny", "byte", "gpt2"])
@@ -235,8 +268,11 @@ def test_hard_texts(prepare, tmp_path, name):
     assert prepare(source=write_jsonl(tmp_path / "a.jsonl", texts), tokenizer=name, **NO_SPLIT)[0] == 0
     replaced = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
     assert replaced[10] == "\ufffd"
-    expected = [i for text in replaced for i in (*text.encode(), 256)] if name == "byte" else witness(texts, name)
-    assert ids(tmp_path / "data" / "x", "train") == expected
+    if name == "byte":
+        expected = [i for text in replaced for i in (*text.encode(), 256)]
+    else:
+        expected = reference(texts, name)
+    assert ids(tmp_path / X, "train") == expected
 
 
 def test_text_that_overflows_the_regex(prepare, tmp_path):
@@ -244,30 +280,36 @@ def test_text_that_overflows_the_regex(prepare, tmp_path):
     with pytest.raises(ValueError):
         tiktoken.get_encoding("tiny").encode(texts[1], disallowed_special=())  # tiktoken alone cannot
     assert prepare(source=write_jsonl(tmp_path / "a.jsonl", texts), **NO_SPLIT)[0] == 0
-    found = ids(tmp_path / "data" / "x", "train")
-    assert found[:len(witness(["before"]))] == witness(["before"]) and found[-len(witness(["after"])):] == witness(["after"])
+    found = ids(tmp_path / X, "train")
+    before, after = reference(["before"]), reference(["after"])
+    assert found[:len(before)] == before and found[-len(after):] == after
     assert tiktoken.get_encoding("tiny").decode(found) == "".join(text + "<|endoftext|>" for text in texts)
 
 
 def test_wide_ids(prepare, tmp_path):
-    build = tiktoken.registry.ENCODING_CONSTRUCTORS["tiny"]
-    tiktoken.registry.ENCODING_CONSTRUCTORS["tiny"] = lambda: build() | {"special_tokens": {"<|endoftext|>": 70_000}}
+    tiny = tiktoken.registry.ENCODING_CONSTRUCTORS["tiny"]() | {"special_tokens": {"<|endoftext|>": 70_000}}
+    tiktoken.registry.ENCODING_CONSTRUCTORS["tiny"] = lambda: tiny
     assert prepare(source=write_jsonl(tmp_path / "a.jsonl", ["the"]), **NO_SPLIT)[0] == 0
-    assert np.fromfile(tmp_path / "data" / "x" / "train_00000.bin", dtype="<u4").tolist() == [258, 70_000]
-    assert read_meta(str(tmp_path / "data" / "x"))["dtype"] == "uint32"
+    assert np.fromfile(tmp_path / X / "train_00000.bin", dtype="<u4").tolist() == [258, 70_000]
+    assert read_meta(str(tmp_path / X))["dtype"] == "uint32"
 
-# ------------------------------------------------------------------------------------------------------- kills, restart
+# --------------------------------------------------------------- kills, restart
 
 def run_in_child(path, **settings):
-    """Starts prepare_pile.main() in a forked process. Its `end` is a pipe that closes when it and all its workers are gone."""
+    """Starts prepare_pile.main() in a forked process, as main_in_child does."""
+    return main_in_child(prepare_pile, source=str(path), data_dir=str(path.parent / "data"), dataset="killed",
+                         tokenizer="tiny", workers=2, safe_interval=0.02, **settings)
+
+
+def main_in_child(script, **settings):
+    """Starts main() in a forked process. Its `end` is a pipe that closes when it and all workers are gone."""
     end, held = os.pipe()
 
     def child():
         os.setpgrp()
         sys.stdout = sys.stderr = open(os.devnull, "w")
-        vars(prepare_pile).update(source=str(path), data_dir=str(path.parent / "data"), dataset="killed", tokenizer="tiny", workers=2,
-                                  safe_interval=0.02, **settings)
-        prepare_pile.main()
+        vars(script).update(settings)
+        script.main()
 
     process = fork.Process(target=child)
     process.start()
@@ -303,7 +345,7 @@ def wait_for_chunks(process, record, n):
 
 
 def test_killed_at_random_moments(prepare, tmp_path):
-    """At least 5 times kill -9, then the same bytes as undisturbed; a file under its final name is always the final one."""
+    """At least 5 times kill -9, then the same bytes as undisturbed; a file under its final name is final."""
     source = write_jsonl(tmp_path / "a.jsonl", texts_like_the_pile(2500))
     shares = {"val_fraction": 0.1, "test_fraction": 0.1, "shard_tokens": 60_000}
     prepare(source=source, dataset="killed", data_dir=tmp_path / "whole", **shares)
@@ -320,7 +362,8 @@ def test_killed_at_random_moments(prepare, tmp_path):
         killed += status != 0
         for name, data in contents(folder).items():
             assert data == whole[name], f"{name} is not what it is in the end"
-            assert ages.setdefault(name, (folder / name).stat().st_mtime_ns) == (folder / name).stat().st_mtime_ns, f"{name} was made again"
+            age = (folder / name).stat().st_mtime_ns
+            assert ages.setdefault(name, age) == age, f"{name} was made again"
     assert killed >= 5
     assert contents(folder) == whole and not list(folder.glob("*.tmp"))
 
@@ -349,11 +392,10 @@ def test_finished_is_left_alone_and_other_settings_are_refused(prepare, tmp_path
     source.unlink()
     status, output = prepare(source=source)
     assert status == 0 and "is finished, nothing to do" in output
-    status, output = prepare(source=source, tokenizer="byte")
-    assert status == 2 and "--tokenizer=tiny, not byte" in output and output.count("\n") == 1
-    os.truncate(tmp_path / "data" / "x" / "train_00000.bin", 10)
-    status, output = prepare(source=source, tokenizer="tiny")
-    assert status == 2 and "train_00000.bin is missing or not as long as it was" in output and output.count("\n") == 1
+    one_line(prepare(source=source, tokenizer="byte"), "--tokenizer=tiny, not byte")
+    os.truncate(tmp_path / X / "train_00000.bin", 10)
+    missing = "train_00000.bin is missing or not as long as it was"
+    one_line(prepare(source=source, tokenizer="tiny"), missing)
 
 
 def test_half_made_folder_refuses_other_settings_and_changed_files(prepare, tmp_path):
@@ -364,19 +406,22 @@ def test_half_made_folder_refuses_other_settings_and_changed_files(prepare, tmp_
     both = f"{first},{second}"
     status, output = prepare(source=both, **NO_SPLIT)
     assert status == 2 and f"{second}: damaged or cut short" in output and "Traceback" not in output
-    folder = tmp_path / "data" / "x"
-    assert not (folder / "meta.json").exists() and json.loads((folder / "part_00000.json").read_text())["file"] == 1
-    for other, names in (({"source": first}, "--source="), ({"val_fraction": 0.5}, "--val_fraction=0.0, not 0.5"),
-                         ({"num_shards": 2}, "--num_shards=1, not 2"), ({"shard_tokens": 5}, "--shard_tokens")):
-        status, output = prepare(**({"source": both} | NO_SPLIT | {"num_shards": 1, "shard_tokens": 100_000_000} | other))
+    folder = tmp_path / X
+    assert not (folder / "meta.json").exists()
+    assert json.loads((folder / "part_00000.json").read_text())["file"] == 1
+    settings = {"source": both, "num_shards": 1, "shard_tokens": 100_000_000, **NO_SPLIT}
+    for other, names in (({"source": first}, "--source="), ({"shard_tokens": 5}, "--shard_tokens"),
+                         ({"val_fraction": 0.5}, "--val_fraction=0.0, not 0.5"),
+                         ({"num_shards": 2}, "--num_shards=1, not 2")):
+        status, output = prepare(**(settings | other))
         assert status == 2 and names in output.splitlines()[-1], output
     first.write_bytes(first.read_bytes() + b"\n")
-    status, output = prepare(source=both, **NO_SPLIT, num_shards=1, shard_tokens=100_000_000)
+    status, output = prepare(**settings)
     assert status == 2 and "have changed" in output
     first.write_bytes(first.read_bytes()[:-1])
     second.write_bytes(gzip.compress(damaged))  # repaired: goes on
     assert prepare(source=both, **NO_SPLIT)[0] == 0
-    assert ids(folder, "train") == witness(texts_like_the_pile(200) * 2)
+    assert ids(folder, "train") == reference(texts_like_the_pile(200) * 2)
 
 
 def test_worker_killed(prepare, tmp_path):
@@ -392,28 +437,35 @@ def test_worker_killed(prepare, tmp_path):
 
 def test_second_process_on_the_same_part_is_refused(prepare, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", ["text"])
-    (tmp_path / "data" / "x").mkdir(parents=True)
+    with held_by_another(tmp_path / X / ".part_00000.lock"):
+        status, output = prepare(source=source)
+        assert status == 2 and "another process is at work on part 0" in output
+    assert prepare(source=source)[0] == 0
+
+
+@contextlib.contextmanager
+def held_by_another(lock):
+    """Another process holds the lock, and is killed at the end."""
+    lock.parent.mkdir(parents=True)
     here, there = fork.Pipe()
 
     def hold():
-        with prepare_pile.only_process(tmp_path / "data" / "x" / ".part_00000.lock"):
+        with only_process(lock):
             there.send("held")
             there.recv()
 
     process = fork.Process(target=hold)
     process.start()
     here.recv()
-    status, output = prepare(source=source)
-    assert status == 2 and "another process is at work on part 0" in output
+    yield
     process.kill()
     process.join()
-    assert prepare(source=source)[0] == 0
 
-# --------------------------------------------------------------------------------------------------------------- parts
+# ------------------------------------------------------------------------ parts
 
 @pytest.mark.parametrize("n_files", [1, 5])
 def test_parts_merge_to_the_same_whoever_is_last(prepare, tmp_path, n_files):
-    """3 parts of one file (by chunks) and of five (by files), in one folder and in folders copied together."""
+    """3 parts of 1 file (by chunks) and of 5 (by files), in one folder and in folders copied together."""
     texts = texts_like_the_pile(400)
     for i in range(n_files):
         write_jsonl(tmp_path / "in" / f"{i}.jsonl", texts[i::n_files])
@@ -421,7 +473,7 @@ def test_parts_merge_to_the_same_whoever_is_last(prepare, tmp_path, n_files):
     for i in (1, 2, 0):
         status, output = prepare(**common, shard_index=i)
         assert status == 0 and (i == 0 or "not yet --shard_index=0" in output)
-    one_folder = contents(tmp_path / "data" / "x")
+    one_folder = contents(tmp_path / X)
     for i in (0, 1, 2):
         prepare(**common, shard_index=i, data_dir=tmp_path / f"machine{i}")
         assert not (tmp_path / f"machine{i}" / "x" / "meta.json").exists()
@@ -434,30 +486,33 @@ def test_parts_merge_to_the_same_whoever_is_last(prepare, tmp_path, n_files):
     assert prepare(**common, shard_index=1, data_dir=tmp_path / "machine1")[0] == 0
     assert contents(tmp_path / "machine1" / "x") == one_folder
     prepare(source=tmp_path / "in", dataset="one", num_shards=1, shard_index=0, data_dir=tmp_path / "data")
-    for split in prepare_pile.SPLITS:
-        assert documents(tmp_path / "data" / "one", split) == documents(tmp_path / "data" / "x", split)
+    for split in SPLITS:
+        assert documents(tmp_path / "data" / "one", split) == documents(tmp_path / X, split)
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------- bad input
 
 def test_bad_records_are_counted_and_named(prepare, tmp_path):
     path = tmp_path / "a.jsonl"
-    lines = [b'{"text": "good"}', b'{"text": ', b"", b"[1]", b"3", b'{"other": 1}', b'{"text": null}', b'{"text": "\xff"}', b"[" * 100_000,
-             b'{"text": "' + b"x" * (3 << 20) + b'"}', b'{"text": "\\ud800"}', b'{"text": "last"}  \r']
+    lines = [b'{"text": "good"}', b'{"text": ', b"", b"[1]", b"3", b'{"other": 1}', b'{"text": null}',
+             b'{"text": "\xff"}', b"[" * 100_000, b'{"text": "' + b"x" * (3 << 20) + b'"}',
+             b'{"text": "\\ud800"}', b'{"text": "last"}  \r']
     path.write_bytes(b"\n".join(lines))
     status, output = prepare(source=path, max_document_mb=1, **NO_SPLIT)
     assert status == 0
-    assert ids(tmp_path / "data" / "x", "train") == witness(["good", "\ufffd", "last"])
-    bad = read_meta(str(tmp_path / "data" / "x"))["bad_records"]
-    assert bad == {reason: {"count": len(at), "first": [f"{path}:{line}" for line in at]} for reason, at in {
-        "broken JSON": [2, 9], "not a JSON object": [4, 5], "no key 'text'": [6], "'text' is not a string": [7], "invalid UTF-8": [8],
-        "longer than --max_document_mb": [10]}.items()}
+    assert ids(tmp_path / X, "train") == reference(["good", "\ufffd", "last"])
+    bad = read_meta(str(tmp_path / X))["bad_records"]
+    at = {"broken JSON": [2, 9], "not a JSON object": [4, 5], "no key 'text'": [6],
+          "'text' is not a string": [7], "invalid UTF-8": [8], "longer than --max_document_mb": [10]}
+    assert bad == {reason: {"count": len(lines), "first": [f"{path}:{line}" for line in lines]}
+                   for reason, lines in at.items()}
     assert f"2 broken JSON ({path}:2, {path}:9); 2 not a JSON object" in output
 
 
 def test_no_documents(prepare, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["a", "b"])
     status, output = prepare(source=path, text_key="content")
-    assert status == 2 and f"no documents in --source={path}; bad records, left out: 2 no key 'content' ({path}:1, {path}:2)" in output
+    assert status == 2 and (f"no documents in --source={path}; bad records, left out: "
+                            f"2 no key 'content' ({path}:1, {path}:2)") in output
     assert prepare(source=path, text_key="text")[0] == 0  # the wrong try is not in the way
     (tmp_path / "empty.jsonl").touch()
     status, output = prepare(source=tmp_path / "empty.jsonl", dataset="y")
@@ -475,8 +530,10 @@ def test_corrupt_archive_is_one_line(prepare, tmp_path, suffix, damage):
     plain = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
     if suffix == ".parquet":
         pq.write_table(pa.table({"text": texts}), path)
+    elif suffix == ".jsonl.gz":
+        path.write_bytes(gzip.compress(plain))
     else:
-        path.write_bytes(gzip.compress(plain) if suffix == ".jsonl.gz" else pa.compress(plain, codec="zstd", asbytes=True))
+        path.write_bytes(pa.compress(plain, codec="zstd", asbytes=True))
     data = path.read_bytes()
     middle = len(data) // 2
     garbled = data[:middle] + b"garbage" * 9 + data[middle + 63:]
@@ -484,7 +541,7 @@ def test_corrupt_archive_is_one_line(prepare, tmp_path, suffix, damage):
     status, output = prepare(source=path)
     lines = [line for line in output.splitlines() if line.startswith("prepare_pile.py")]
     assert status == 2 and len(lines) == 1 and f"{path}: damaged or cut short" in lines[0]
-    assert not (tmp_path / "data" / "x" / "meta.json").exists()
+    assert not (tmp_path / X / "meta.json").exists()
 
 
 def test_parquet_without_the_column(prepare, tmp_path):
@@ -499,15 +556,17 @@ def test_parquet_without_the_column(prepare, tmp_path):
 
 
 @pytest.mark.parametrize("settings, line", [
-    ({"source": "nowhere.jsonl"}, "no such file or folder"), ({"source": "nothing"}, "expects files in .jsonl"),
-    ({"tokenizer": "gpt9"}, "expects byte, "), ({"val_fraction": 0.6, "test_fraction": 0.4}, "leave some to train"),
-    ({"shard_index": 1}, "expects 0 to 0"), ({"workers": -1}, "expects 0 or more"), ({"dataset": "a/b"}, "plain name")])
+    ({"source": "nowhere.jsonl"}, "no such file or folder"),
+    ({"source": "nothing"}, "expects files in .jsonl"),
+    ({"val_fraction": 0.6, "test_fraction": 0.4}, "leave some to train"),
+    ({"tokenizer": "gpt9"}, "expects byte, "), ({"shard_index": 1}, "expects 0 to 0"),
+    ({"workers": -1}, "expects 0 or more"), ({"dataset": "a/b"}, "plain name")])
 def test_wrong_settings(prepare, tmp_path, monkeypatch, settings, line):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "in" / "a.jsonl", ["a"])
     (tmp_path / "nothing").mkdir()
-    status, output = prepare(**({"source": "in"} | settings))
-    assert status == 2 and line in output and output.count("\n") == 1 and not (tmp_path / "data").exists()
+    one_line(prepare(**({"source": "in"} | settings)), line)
+    assert not (tmp_path / "data").exists()
 
 
 def test_vocabulary_out_of_reach(prepare, tmp_path):
@@ -515,8 +574,7 @@ def test_vocabulary_out_of_reach(prepare, tmp_path):
         raise ConnectionError("HTTPSConnectionPool(host=...)")
 
     tiktoken.registry.ENCODING_CONSTRUCTORS["tiny"] = unreachable
-    status, output = prepare(source=write_jsonl(tmp_path / "a.jsonl", ["a"]))
-    assert status == 2 and "TIKTOKEN_CACHE_DIR" in output and output.count("\n") == 1
+    one_line(prepare(source=write_jsonl(tmp_path / "a.jsonl", ["a"])), "TIKTOKEN_CACHE_DIR")
 
 
 def test_command_line(tmp_path):
@@ -525,9 +583,11 @@ def test_command_line(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "a.jsonl.zst").write_text("text")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    for source, dataset, status, words in (("a.txt", "pile", 0, "data/pile is finished: train 5 tokens of 1 documents"),
-                                           ("a.jsonl.zst", "other", 2, "pip install pyarrow")):
-        done = subprocess.run([sys.executable, REPO / "prepare_pile.py", f"--source={source}", f"--dataset={dataset}", "--tokenizer=byte",
-                               "--val_fraction=0", "--test_fraction=0"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    for source, dataset, status, words in (
+            ("a.txt", "pile", 0, "data/pile is finished: train 5 tokens of 1 documents"),
+            ("a.jsonl.zst", "other", 2, "pip install pyarrow")):
+        command = [sys.executable, REPO / "prepare_pile.py", f"--source={source}", f"--dataset={dataset}",
+                   "--tokenizer=byte", "--val_fraction=0", "--test_fraction=0"]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == status and words in done.stdout + done.stderr, done
         assert "Traceback" not in done.stderr

@@ -1,65 +1,50 @@
-"""prepare_imagenet.py: every source, the splits, kills at random moments, bad input. The witness is Pillow's own decoding and resizing."""
+"""prepare_imagenet.py: sources, splits, kills, bad input. The reference is Pillow's decoding and resizing."""
 import io
 import json
-import multiprocessing
 import os
 import pathlib
 import random
-import select
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-import types
 import zlib
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_prepare import (
+    contents,
+    held_by_another,
+    main_in_child,
+    one_line,
+    runner,
+    wait_for_chunks,
+    wait_for_end,
+)
 
 from nanorank import image_files
 from nanorank.images import RECORD
+from nanorank.shards import SPLITS
 from nanorank.tokens import crc32
 from scripts import prepare_imagenet
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-fork = multiprocessing.get_context("fork")
+X = "data/x"  # the folder that `prepare` writes, in tmp_path
 sklearn_datasets = pytest.importorskip("sklearn.datasets")
 PHOTO = Image.fromarray(sklearn_datasets.load_sample_image("china.jpg"))  # 640 x 427
 
 
 @pytest.fixture
 def prepare(tmp_path, monkeypatch, capfd):
-    """Runs prepare_imagenet.main() with these settings; returns (exit status, output). Chunks are small, so that there are many."""
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    monkeypatch.setattr(image_files, "CHUNK", 4)
+    """Runs prepare_imagenet.main() with these settings; returns (exit status, output). Chunks are small."""
+    monkeypatch.setattr(image_files, "CHUNK", 4)  # so that there are many
     monkeypatch.setattr(image_files, "ROWS", 4)
-
-    def run(**settings):
-        for name, value in ({"data_dir": str(tmp_path / "data"), "dataset": "x", "workers": 2, "short_side": 24} | settings).items():
-            assert hasattr(prepare_imagenet, name)
-            monkeypatch.setattr(prepare_imagenet, name, str(value) if isinstance(value, pathlib.Path) else value)
-        capfd.readouterr()
-        try:
-            status = prepare_imagenet.main() or 0
-        except SystemExit as stop:
-            status = stop.code
-        output = "".join(capfd.readouterr())
-        assert "Traceback" not in output
-        return status, output
-
-    yield run
-    for number, handler in handlers:
-        signal.signal(number, handler)
-
-
-def one_line(result, *words):
-    status, output = result
-    assert status == 2 and output.count("\n") == 1, output
-    for word in words:
-        assert word in output, output
+    defaults = {"data_dir": tmp_path / "data", "dataset": "x", "workers": 2, "short_side": 24}
+    yield from runner(prepare_imagenet, defaults, monkeypatch, capfd)
 
 
 def photo(seed, size=None):
@@ -78,7 +63,8 @@ def encoded(image, kind="JPEG", **how):
 
 def some_files(*splits, classes=("apple", "pear", "quince"), n=8):
     """{name below the source: bytes}, n images a class and split."""
-    return {f"{split}/{name}/{name}_{i}.JPEG": encoded(photo(f"{split}{name}{i}")) for split in splits for name in classes for i in range(n)}
+    return {f"{split}/{name}/{name}_{i}.JPEG": encoded(photo(f"{split}{name}{i}"))
+            for split in splits for name in classes for i in range(n)}
 
 
 def write_folder(path, files):
@@ -102,7 +88,8 @@ def by_pillow(data, short=24):
     image = Image.open(io.BytesIO(data))
     least = min(image.size)
     size = image.size if least <= short else tuple(round(side * short / least) for side in image.size)
-    return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC) if size != image.size else image.convert("RGB"))
+    image = image.convert("RGB")
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC) if size != image.size else image)
 
 
 def stored(folder, split):
@@ -111,13 +98,17 @@ def stored(folder, split):
     entry = meta["splits"][split]
     assert [file["name"] for file in entry["files"]] == [f"{split}.bin", f"{split}.idx"]
     for file in entry["files"]:
-        assert (folder / file["name"]).stat().st_size == file["bytes"] and crc32(folder / file["name"]) == file["crc32"]
+        path = folder / file["name"]
+        assert path.stat().st_size == file["bytes"] and crc32(path) == file["crc32"]
     pixels = np.fromfile(folder / f"{split}.bin", dtype=np.uint8)
-    index = np.fromfile(folder / f"{split}.idx", dtype=[("offset", "<u8"), ("height", "<u2"), ("width", "<u2"), ("label", "<i4")])
+    record = [("offset", "<u8"), ("height", "<u2"), ("width", "<u2"), ("label", "<i4")]
+    index = np.fromfile(folder / f"{split}.idx", dtype=record)
     assert len(index) == entry["images"] and index.dtype.itemsize == 16 and index.dtype == RECORD
     sizes = 3 * index["height"].astype(int) * index["width"]
-    assert index["offset"].tolist() == [0, *np.cumsum(sizes).tolist()][:len(index)] and sizes.sum() == len(pixels)
-    return [(pixels[start:start + size].reshape(h, w, 3), label) for (start, h, w, label), size in zip(index.tolist(), sizes)]
+    assert index["offset"].tolist() == [0, *np.cumsum(sizes).tolist()][:len(index)]
+    assert sizes.sum() == len(pixels)
+    return [(pixels[start:start + size].reshape(h, w, 3), label)
+            for (start, h, w, label), size in zip(index.tolist(), sizes)]
 
 
 def assert_stored(folder, split, expected, short=24):
@@ -125,21 +116,19 @@ def assert_stored(folder, split, expected, short=24):
     def key(pair):
         return pair[1], pair[0].shape, pair[0].tobytes()
 
-    found, wanted = sorted(stored(folder, split), key=key), sorted(((by_pillow(data, short), label) for data, label in expected), key=key)
+    found = sorted(stored(folder, split), key=key)
+    wanted = sorted(((by_pillow(data, short), label) for data, label in expected), key=key)
     assert [key(pair) for pair in found] == [key(pair) for pair in wanted]
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".idx") or path.name == "meta.json"}
-
-
 LABEL = {"apple": 0, "pear": 1, "quince": 2}
+NO_SPLIT = {"val_fraction": 1e-9, "test_fraction": 0.0}  # 0 would be the default
 
 
 def labelled(files, split):
     return [(data, LABEL[name.split("/")[-2]]) for name, data in files.items() if name.startswith(split)]
 
-# ------------------------------------------------------------------------------------------------------------- sources
+# ---------------------------------------------------------------------- sources
 
 @pytest.mark.parametrize("kind", ["folder", "nested folder", "tar", "tar below folders", "tar of tars"])
 def test_folders_and_tars(prepare, tmp_path, kind):
@@ -149,23 +138,29 @@ def test_folders_and_tars(prepare, tmp_path, kind):
         (tmp_path / "in" / "train" / "notes" / "a.txt").write_text("no image, so no class")
         source = write_folder(tmp_path / "in", files)
     elif kind == "nested folder":  # Tiny ImageNet's CLASS/images/*, and the suffix in another case
-        source = write_folder(tmp_path / "in", {"/".join((*name.split("/")[:2], "images", name.split("/")[2].lower())): data
-                                                for name, data in files.items()})
+        nested = {}
+        for name, data in files.items():
+            split, its_class, name = name.split("/")
+            nested[f"{split}/{its_class}/images/{name.lower()}"] = data
+        source = write_folder(tmp_path / "in", nested)
     elif kind == "tar of tars":
         inner = {}
         for name, data in files.items():
             inner.setdefault(name.rpartition("/")[0] + ".tar", {})[os.path.basename(name)] = data
-        source = write_tar(tmp_path / "a.tar", {name: write_tar(tmp_path / "inner.tar", some).read_bytes() for name, some in inner.items()})
+        tars = {name: write_tar(tmp_path / "inner.tar", some).read_bytes() for name, some in inner.items()}
+        source = write_tar(tmp_path / "a.tar", tars)
     else:
         below = "" if kind == "tar" else "./some/where/"
-        source = write_tar(tmp_path / "a.tar", {below + name: data for name, data in files.items()} | {below + "README": b"text"})
+        members = {below + name: data for name, data in (files | {"README": b"text"}).items()}
+        source = write_tar(tmp_path / "a.tar", members)
     assert prepare(source=source)[0] == 0
-    folder = tmp_path / "data" / "x"
+    folder = tmp_path / X
     for split in ("train", "val", "test"):
         assert_stored(folder, split, labelled(files, split))
     meta = json.loads((folder / "meta.json").read_text())
-    assert (meta["kind"], meta["classes"], meta["short_side"], meta["source"]) == ("images", ["apple", "pear", "quince"], 24, str(source))
-    assert meta["checksum"] == "crc32" and not meta["bad_images"] and meta["settings"]["short_side"] == 24
+    about = {"kind": "images", "classes": ["apple", "pear", "quince"], "short_side": 24,
+             "source": str(source), "checksum": "crc32", "bad_images": {}}
+    assert about.items() <= meta.items() and meta["settings"]["short_side"] == 24
     train = np.concatenate([pixels.reshape(-1, 3) for pixels, _ in stored(folder, "train")]) / 255.0
     np.testing.assert_allclose(meta["mean"], train.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(meta["std"], train.std(axis=0), rtol=1e-12)
@@ -174,18 +169,21 @@ def test_folders_and_tars(prepare, tmp_path, kind):
 def test_classes_alone_as_ilsvrc_train_comes(prepare, tmp_path):
     """A tar of wnid.tar with nothing around them."""
     files = {name.removeprefix("train/"): data for name, data in some_files("train").items()}
-    inner = {f"{name}.tar": {os.path.basename(path): data for path, data in files.items() if path.startswith(name)} for name in LABEL}
-    tars = {name: write_tar(tmp_path / "inner.tar", some).read_bytes() for name, some in inner.items()}
+    tars = {}
+    for name in LABEL:
+        some = {os.path.basename(path): data for path, data in files.items() if path.startswith(name)}
+        tars[f"{name}.tar"] = write_tar(tmp_path / "inner.tar", some).read_bytes()
     assert prepare(source=write_tar(tmp_path / "a.tar", tars))[0] == 0
     assert prepare(source=write_folder(tmp_path / "in", files), dataset="y")[0] == 0
     for name in ("train.bin", "train.idx", "val.bin", "test.bin"):
-        assert (tmp_path / "data" / "x" / name).read_bytes() == (tmp_path / "data" / "y" / name).read_bytes()
+        assert (tmp_path / X / name).read_bytes() == (tmp_path / "data" / "y" / name).read_bytes()
 
 
 def write_parquet(path, rows, names=None, keys=("image", "label"), **how):
     """rows: (bytes, label)."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    files = pa.array([{"bytes": data, "path": "x.jpg"} for data, _ in rows], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    files = pa.array([{"bytes": data, "path": "x.jpg"} for data, _ in rows],
+                     pa.struct({"bytes": pa.binary(), "path": pa.string()}))
     table = pa.table({keys[0]: files, keys[1]: pa.array([label for _, label in rows], pa.int64())})
     if names:
         features = {"info": {"features": {keys[1]: {"names": names, "_type": "ClassLabel"}}}}
@@ -196,19 +194,22 @@ def write_parquet(path, rows, names=None, keys=("image", "label"), **how):
 
 @pytest.mark.parametrize("how", [{"row_group_size": 7}, {"row_group_size": 3, "write_statistics": False}, {}])
 def test_parquet(prepare, tmp_path, how):
-    """Row groups are cut where they hold more than ROWS; the unlabelled test split is left out; a row without image or label is named."""
+    """Row groups of more than ROWS are cut; an unlabelled test split is left out; bad rows are named."""
     files = some_files("train", "validation")
     train, val = labelled(files, "train"), labelled(files, "validation")
-    write_parquet(tmp_path / "in" / "train-00000-of-00002.parquet", train[:13], ["apple", "pear", "plum"], **how)
-    write_parquet(tmp_path / "in" / "train-00001-of-00002.parquet", train[13:] + [(None, 1), (train[0][0], None)], ["apple", "pear", "plum"], **how)
-    write_parquet(tmp_path / "in" / "validation-00000-of-00001.parquet", val, ["apple", "pear", "plum"], **how)
+    more = train[13:] + [(None, 1), (train[0][0], None)]
+    for name, rows in (("train-00000-of-00002", train[:13]), ("train-00001-of-00002", more),
+                       ("validation-00000-of-00001", val)):
+        write_parquet(tmp_path / "in" / f"{name}.parquet", rows, ["apple", "pear", "plum"], **how)
     write_parquet(tmp_path / "in" / "test-00000-of-00001.parquet", [(data, -1) for data, _ in val], **how)
     status, output = prepare(source=tmp_path / "in", val_fraction=0.3)
-    assert status == 0 and "test split has no labels and is left out" in output and "test: 24 of the source's val; val: 30%" in output
-    folder = tmp_path / "data" / "x"
+    assert status == 0 and "test split has no labels and is left out" in output
+    assert "test: 24 of the source's val; val: 30%" in output
+    folder = tmp_path / X
     assert_stored(folder, "test", val)
     for split, here in (("val", True), ("train", False)):
-        assert_stored(folder, split, [(data, label) for data, label in train if (zlib.crc32(data) / 2**32 < 0.3) == here])
+        some = [(data, label) for data, label in train if (zlib.crc32(data) / 2**32 < 0.3) == here]
+        assert_stored(folder, split, some)
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["classes"] == ["apple", "pear", "plum"]
     assert {reason: bad["count"] for reason, bad in meta["bad_images"].items()} == {
@@ -221,7 +222,7 @@ def test_parquet_with_other_columns(prepare, tmp_path):
     one_line(prepare(source=tmp_path / "in"), "no column 'image' among picture, class; --image_key names it")
     one_line(prepare(source=tmp_path / "in", image_key="picture", label_key="picture"), "not class numbers")
     assert prepare(source=tmp_path / "in" / "a.parquet", image_key="picture", label_key="class")[0] == 0
-    assert json.loads((tmp_path / "data" / "x" / "meta.json").read_text())["classes"] == ["0", "1", "2"]
+    assert json.loads((tmp_path / X / "meta.json").read_text())["classes"] == ["0", "1", "2"]
     path = tmp_path / "in" / "a.parquet"
     path.write_bytes(path.read_bytes()[:-9])
     one_line(prepare(source=path, dataset="y"), f"{path}: damaged or cut short")
@@ -233,16 +234,20 @@ def test_hub(prepare, tmp_path, monkeypatch):
     local = pytest.importorskip("fsspec.implementations.local")
     files = some_files("train", "validation")
     for split in ("train", "validation"):
-        write_parquet(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet", labelled(files, split), list(LABEL), row_group_size=5)
+        path = tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet"
+        write_parquet(path, labelled(files, split), list(LABEL), row_group_size=5)
     open_to = ["org/images"]
+
+    def response(status):
+        return SimpleNamespace(headers={}, status_code=status, request=None)
 
     class Files(local.LocalFileSystem):
         cachable = False
 
         def open(self, path, **kwargs):
             repo, _, name = path.removeprefix("hf://datasets/").partition("@abc/")
-            if repo not in open_to:  # as the real one does it: the refusal is the cause of a FileNotFoundError
-                refusal = hub.errors.GatedRepoError("403 Client Error", response=types.SimpleNamespace(headers={}, status_code=403, request=None))
+            if repo not in open_to:  # as on the real hub, the refusal is the cause of a FileNotFoundError
+                refusal = hub.errors.GatedRepoError("403 Client Error", response=response(403))
                 raise FileNotFoundError(f"{path} (repository not found)") from refusal
             return super().open(str(tmp_path / "hub" / name), "rb")
 
@@ -251,18 +256,19 @@ def test_hub(prepare, tmp_path, monkeypatch):
             if repo == "org/away":
                 raise ConnectionError("Name or service not known\nand more")
             if repo == "org/secret":
-                raise hub.errors.RepositoryNotFoundError("404", response=types.SimpleNamespace(headers={}, status_code=404, request=None))
+                raise hub.errors.RepositoryNotFoundError("404", response=response(404))
             names = [f"data/{split}-00000-of-00001.parquet" for split in ("train", "validation")]
-            siblings = [type("S", (), {"rfilename": name, "size": 9}) for name in [*names, "README.md", "classes.jsonl"]]
-            return type("Info", (), {"sha": "abc", "siblings": siblings})
+            names += ["README.md", "classes.jsonl"]
+            siblings = [SimpleNamespace(rfilename=name, size=9) for name in names]
+            return SimpleNamespace(sha="abc", siblings=siblings)
 
     monkeypatch.setattr(hub, "HfApi", Api)
     monkeypatch.setattr(hub, "HfFileSystem", Files)
     assert prepare(source="org/images")[0] == 0
-    assert_stored(tmp_path / "data" / "x", "test", labelled(files, "validation"))
+    assert_stored(tmp_path / X, "test", labelled(files, "validation"))
     for repo in ("ILSVRC/imagenet-1k", "org/secret"):
-        one_line(prepare(source=repo, dataset="y"), f"accept the terms at https://huggingface.co/datasets/{repo}, then `hf auth login`", "HF_TOKEN",
-                 "--source=FOLDER_OR_TAR")
+        terms = f"accept the terms at https://huggingface.co/datasets/{repo}, then `hf auth login`"
+        one_line(prepare(source=repo, dataset="y"), terms, "HF_TOKEN", "--source=FOLDER_OR_TAR")
     one_line(prepare(source="org/away", dataset="y"), "hub did not give it: Name or service")
     assert not (tmp_path / "data" / "y").exists()
 
@@ -276,25 +282,30 @@ def test_digits(prepare, tmp_path):
     for split, here in (("test", u < 0.2), ("val", (u >= 0.2) & (u < 0.3)), ("train", u >= 0.3)):
         found = stored(folder, split)
         assert [label for _, label in found] == digits.target[here].tolist()
-        assert np.array_equal(np.stack([image for image, _ in found]), np.repeat(pixels[here][..., None], 3, axis=3))
+        images = np.stack([image for image, _ in found])
+        assert np.array_equal(images, np.repeat(pixels[here][..., None], 3, axis=3))
     assert json.loads((folder / "meta.json").read_text())["classes"] == [str(i) for i in range(10)]
 
-# -------------------------------------------------------------------------------------------------------------- splits
+# ----------------------------------------------------------------------- splits
 
 def test_train_alone_is_split_by_hash(prepare, tmp_path):
     files = some_files("train", n=60)
     assert prepare(source=write_folder(tmp_path / "in", files), val_fraction=0.25, test_fraction=0.35)[0] == 0
     u = {name: zlib.crc32(data) / 2**32 for name, data in files.items()}
     for split, low, high in (("test", 0, 0.35), ("val", 0.35, 0.6), ("train", 0.6, 1)):
-        assert_stored(tmp_path / "data" / "x", split, labelled({name: data for name, data in files.items() if low <= u[name] < high}, "train"))
-    write_tar(tmp_path / "a.tar", dict(sorted(files.items(), key=lambda item: u[item[0]])))  # in another order, by another number of workers
+        some = {name: data for name, data in files.items() if low <= u[name] < high}
+        assert_stored(tmp_path / X, split, labelled(some, "train"))
+
+    # in another order, by another number of workers
+    write_tar(tmp_path / "a.tar", dict(sorted(files.items(), key=lambda item: u[item[0]])))
     prepare(source=tmp_path / "a.tar", dataset="y", workers=1)
-    assert {split: len(stored(tmp_path / "data" / "y", split)) for split in prepare_imagenet.SPLITS} == {
-        split: len(stored(tmp_path / "data" / "x", split)) for split in prepare_imagenet.SPLITS}
+    for split in SPLITS:
+        assert len(stored(tmp_path / "data" / "y", split)) == len(stored(tmp_path / X, split))
 
 
 @pytest.mark.parametrize("counts, roles, share", [
-    ((10, 0, 0), {"train": "train"}, {"val": 0.1, "test": 0.2}), ((100_000, 0, 0), {"train": "train"}, {"val": 0.01, "test": 0.2}),
+    ((10, 0, 0), {"train": "train"}, {"val": 0.1, "test": 0.2}),
+    ((100_000, 0, 0), {"train": "train"}, {"val": 0.01, "test": 0.2}),
     ((1_281_167, 50_000, 0), {"train": "train", "val": "test"}, {"val": 0.01, "test": 0.0}),
     ((10, 0, 5), {"train": "train", "test": "test"}, {"val": 0.1, "test": 0.0}),
     ((10, 5, 5), {"train": "train", "val": "val", "test": "test"}, {"val": 0.0, "test": 0.0})])
@@ -310,11 +321,13 @@ def test_strange_folders(prepare, tmp_path):
     source = write_folder(tmp_path / "b", some_files("train") | {"val/1.jpg": data})
     one_line(prepare(source=source), "holds val images of no class")
     status, output = prepare(source=source / "val")
-    assert status == 2 and "1 images are left out (in no class folder)" in output and "no images to train on" in output
-    source = write_folder(tmp_path / "c", files | {"test/images/1.jpg": data, "test/images/2.jpg": data, "train/1.jpg": data, "extra/1.jpg": data})
-    status, output = prepare(source=source)
-    assert status == 0 and "2 images are left out (test: no labels)" in output and "2 images are left out (in no class folder)" in output
-    assert_stored(tmp_path / "data" / "x", "test", labelled(files, "val"))
+    assert status == 2 and "no images to train on" in output
+    assert "1 images are left out (in no class folder)" in output
+    strange = dict.fromkeys(("test/images/1.jpg", "test/images/2.jpg", "train/1.jpg", "extra/1.jpg"), data)
+    status, output = prepare(source=write_folder(tmp_path / "c", files | strange))
+    assert status == 0 and "2 images are left out (test: no labels)" in output
+    assert "2 images are left out (in no class folder)" in output
+    assert_stored(tmp_path / X, "test", labelled(files, "val"))
 
 
 @pytest.mark.parametrize("names", [("Train", "Val"), ("training", "testing"), ("val",)])
@@ -326,92 +339,67 @@ def test_splits_are_not_taken_for_classes(prepare, tmp_path, names):
 
 def test_links_in_a_circle_are_refused_and_odd_names_printed(prepare, tmp_path):
     (data, *_) = some_files("train").values()
-    source = write_folder(tmp_path / "a", {f"a/{i}.jpg": data + b"%d" % i for i in range(20)} | {"a/bad.jpg": b"no image"})
+    files = {f"a/{i}.jpg": data + b"%d" % i for i in range(20)}
+    source = write_folder(tmp_path / "a", files | {"a/bad.jpg": b"no image"})
     os.rename(source / "a" / "bad.jpg", os.fsencode(source / "a") + b"/bad\xfe.jpg")
     status, output = prepare(source=source)
     assert status == 0 and "bad\\udcfe.jpg" in output
     os.symlink("..", source / "a" / "up")
     one_line(prepare(source=source, dataset="y"), "up links back to a folder that it is in")
 
-# -------------------------------------------------------------------------------------------------------------- images
+# ----------------------------------------------------------------------- images
 
 def test_every_kind_of_image_becomes_rgb(prepare, tmp_path):
     image = photo(0, (60, 40))
     alpha = image.copy()
     alpha.putalpha(100)
-    kinds = {"a.jpg": encoded(image), "b.JPEG": encoded(image.convert("L")), "c.jpg": encoded(image.convert("CMYK")),
-             "d.png": encoded(image, "PNG"), "e.png": encoded(alpha, "PNG"), "f.png": encoded(image.convert("P"), "PNG"),
-             "g.gif": encoded(image.convert("P"), "GIF"), "h.webp": encoded(image, "WEBP"), "i.bmp": encoded(image, "BMP"),
-             "j.tif": encoded(image, "TIFF"), "k.PNG": encoded(image.convert("1"), "PNG"), "l.png": encoded(image.convert("LA"), "PNG"),
+    kinds = {"a.jpg": encoded(image), "b.JPEG": encoded(image.convert("L")),
+             "c.jpg": encoded(image.convert("CMYK")), "d.png": encoded(image, "PNG"),
+             "e.png": encoded(alpha, "PNG"), "f.png": encoded(image.convert("P"), "PNG"),
+             "g.gif": encoded(image.convert("P"), "GIF"), "h.webp": encoded(image, "WEBP"),
+             "i.bmp": encoded(image, "BMP"), "j.tif": encoded(image, "TIFF"),
+             "k.PNG": encoded(image.convert("1"), "PNG"), "l.png": encoded(image.convert("LA"), "PNG"),
              "m.jpg": encoded(image, "PNG"), "n.jpg": encoded(photo(1, (640, 20)))}
     turned = Image.Exif()
     turned[0x0112] = 6  # to be shown turned by 90 degrees: stored as the file has it
     kinds["o.jpg"] = encoded(image, exif=turned)
-    files = {f"train/{name[0]}/{name}": data for name, data in kinds.items()} | {f"test/{name[0]}/{name}": data for name, data in kinds.items()}
+    files = {f"{split}/{name[0]}/{name}": data for split in ("train", "test") for name, data in kinds.items()}
     assert prepare(source=write_folder(tmp_path / "in", files), val_fraction=1e-9)[0] == 0
-    folder = tmp_path / "data" / "x"
+    folder = tmp_path / X
     assert not json.loads((folder / "meta.json").read_text())["bad_images"]
     assert_stored(folder, "train", [(data, "abcdefghijklmno".index(name[0])) for name, data in kinds.items()])
-    assert stored(folder, "train")[14][0].shape == (24, 36, 3) and stored(folder, "train")[13][0].shape == (20, 640, 3)
+    images = [pixels for pixels, _ in stored(folder, "train")]
+    assert images[14].shape == (24, 36, 3) and images[13].shape == (20, 640, 3)
 
 
 def test_sixteen_bits_a_channel_are_scaled_and_thirty_two_refused(prepare, tmp_path):
     grey = np.asarray(photo(0, (60, 40)).convert("L"))
     files = {"train/a/a.png": encoded(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"),
              "train/a/b.tif": encoded(Image.fromarray(grey / np.float32(255)), "TIFF")}
-    assert prepare(source=write_folder(tmp_path / "in", files), short_side=40, val_fraction=1e-9, test_fraction=0.0)[0] == 0
-    (image, _), = stored(tmp_path / "data" / "x", "train")
+    source = write_folder(tmp_path / "in", files)
+    assert prepare(source=source, short_side=40, **NO_SPLIT)[0] == 0
+    (image, _), = stored(tmp_path / X, "train")
     assert np.array_equal(image, np.repeat(grey[..., None], 3, axis=2))
-    bad = json.loads((tmp_path / "data" / "x" / "meta.json").read_text())["bad_images"]
+    bad = json.loads((tmp_path / X / "meta.json").read_text())["bad_images"]
     assert bad == {"of 32 bits a channel": {"count": 1, "first": ["train/a/b.tif"]}}
 
 
 def test_large_jpegs_are_decoded_at_a_fraction(prepare, tmp_path):
     """At 1/8, and still what decoding the whole would give, all but rounding."""
     data = encoded(PHOTO, quality=95)
-    assert prepare(source=write_folder(tmp_path / "in", {"a/1.jpg": data}), val_fraction=1e-9, test_fraction=0.0)[0] == 0
-    (image, _), = stored(tmp_path / "data" / "x", "train")
+    assert prepare(source=write_folder(tmp_path / "in", {"a/1.jpg": data}), **NO_SPLIT)[0] == 0
+    (image, _), = stored(tmp_path / X, "train")
     decoder = Image.open(io.BytesIO(data))
     _, box = decoder.draft("RGB", (48, 48))
     assert decoder.size == (80, 54) and box == (0, 0, 80, 53.375)
     assert np.array_equal(image, np.asarray(decoder.resize((36, 24), Image.Resampling.BICUBIC, box)))
     assert np.abs(image - by_pillow(data).astype(int)).mean() < 2
 
-# ------------------------------------------------------------------------------------------------------- kills, restart
+# --------------------------------------------------------------- kills, restart
 
 def run_in_child(source, **settings):
-    """Starts prepare_imagenet.main() in a forked process. Its `end` is a pipe that closes when it and all its workers are gone."""
-    end, held = os.pipe()
-
-    def child():
-        os.setpgrp()
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-        vars(prepare_imagenet).update(source=str(source), data_dir=str(source.parent / "data"), dataset="killed", workers=2, short_side=24,
-                                      safe_interval=0.0, **settings)
-        prepare_imagenet.main()
-
-    process = fork.Process(target=child)
-    process.start()
-    os.close(held)
-    process.end = end
-    return process
-
-
-def wait_for_end(process, timeout=30):
-    process.join(timeout)
-    assert process.exitcode is not None, "hangs"
-    assert select.select([process.end], [], [], timeout)[0], "workers outlive their parent"
-    os.close(process.end)
-    return process.exitcode
-
-
-def wait_for_chunks(process, record, n):
-    def chunks():
-        return json.loads(record.read_text())["chunk"] if record.exists() else 0
-
-    start = chunks()
-    while process.is_alive() and chunks() < start + n:
-        time.sleep(0.001)
+    return main_in_child(prepare_imagenet, source=str(source), data_dir=str(source.parent / "data"),
+                         dataset="killed", workers=2, short_side=24, safe_interval=0.0, **settings)
 
 
 @pytest.fixture
@@ -424,7 +412,7 @@ def many(tmp_path):
 
 
 def test_killed_at_random_moments(prepare, tmp_path, many):
-    """At least 5 times kill -9, then the same bytes as undisturbed; a file under its final name is always the final one."""
+    """At least 5 times kill -9, then the same bytes as undisturbed; a file under its final name is final."""
     assert prepare(source=many, dataset="killed", data_dir=tmp_path / "whole")[0] == 0
     whole, folder = contents(tmp_path / "whole" / "killed"), tmp_path / "data" / "killed"
     assert len(whole) == 7 and len(json.loads(whole["meta.json"])["bad_images"]) == 2
@@ -472,7 +460,7 @@ def test_disk_full_costs_nothing_that_was_safe(prepare, tmp_path, many, monkeypa
         status, output = prepare(source=many, safe_interval=0.05)
     assert status == 1 and "No space left on device" in output and calls == list(range(1, 51))
     assert prepare(source=many)[0] == 0
-    assert contents(tmp_path / "data" / "x") == contents(tmp_path / "whole" / "x")
+    assert contents(tmp_path / X) == contents(tmp_path / "whole" / "x")
 
 
 def test_finished_is_left_alone_and_other_settings_are_refused(prepare, tmp_path, many):
@@ -498,81 +486,79 @@ def test_finished_is_left_alone_and_other_settings_are_refused(prepare, tmp_path
     assert status == 0 and "is finished, nothing to do" in output
     one_line(prepare(source=many, dataset="killed", test_fraction=0.1), "--test_fraction=0.2, not 0.1")
     os.truncate(tmp_path / "data" / "killed" / "train.bin", 10)
-    one_line(prepare(source=many, dataset="killed", test_fraction=0.2), "train.bin is missing or not as long as it was")
+    missing = "train.bin is missing or not as long as it was"
+    one_line(prepare(source=many, dataset="killed", test_fraction=0.2), missing)
 
 
 def test_second_process_is_refused(prepare, tmp_path):
     """As when two trainers make the digits at once."""
-    (tmp_path / "data" / "x").mkdir(parents=True)
-    here, there = fork.Pipe()
-
-    def hold():
-        with prepare_imagenet.only_process(tmp_path / "data" / "x" / ".lock"):
-            there.send("held")
-            there.recv()
-
-    process = fork.Process(target=hold)
-    process.start()
-    here.recv()
-    status, output = prepare(source="digits")
-    assert status == 2 and "another process is at work on this data set" in output
-    process.kill()
-    process.join()
+    with held_by_another(tmp_path / X / ".lock"):
+        status, output = prepare(source="digits")
+        assert status == 2 and "another process is at work on this data set" in output
     assert prepare(source="digits")[0] == 0
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------- bad input
 
 def test_bad_images_are_counted_and_named(prepare, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     good = some_files("train")
     data, png = next(iter(good.values())), encoded(photo(3), "PNG")
-    bad = {"0.jpg": b"", "1.jpg": b"text", "2.jpg": data[:len(data) // 2], "3.png": png[:len(png) // 2], "4.jpg": data[:30], "5.jpg": b"%!PS-Adobe",
-           "6.png": png[:60] + b"garbage" * 5 + png[95:], "7.png": encoded(Image.new("L", (40_000, 2)), "PNG"),
-           "8.png": encoded(Image.new("L", (100, 301)), "PNG"), "9.png": encoded(Image.new("L", (2000, 2)), "PNG")}
+    bad = {"0.jpg": b"", "1.jpg": b"text", "2.jpg": data[:len(data) // 2], "3.png": png[:len(png) // 2],
+           "4.jpg": data[:30], "5.jpg": b"%!PS-Adobe", "6.png": png[:60] + b"garbage" * 5 + png[95:],
+           "7.png": encoded(Image.new("L", (40_000, 2)), "PNG"),
+           "8.png": encoded(Image.new("L", (100, 301)), "PNG"),
+           "9.png": encoded(Image.new("L", (2000, 2)), "PNG")}
     source = write_folder(tmp_path / "in", good | {f"train/apple/{name}": data for name, data in bad.items()})
     (source / "train" / "apple" / "gone.jpg").symlink_to("nowhere")
     monkeypatch.setattr(prepare_imagenet, "LONGEST", 1000)
-    status, output = prepare(source=source, val_fraction=1e-9, test_fraction=0.0)
+    status, output = prepare(source=source, **NO_SPLIT)
     assert status == 0
-    assert_stored(tmp_path / "data" / "x", "train", labelled(good, "train"))
-    found = json.loads((tmp_path / "data" / "x" / "meta.json").read_text())["bad_images"]
-    assert found == {reason: {"count": len(names), "first": [f"train/apple/{name}" for name in names]} for reason, names in {
-        "empty": ["0.jpg"], "no image": ["1.jpg", "5.jpg"], "truncated": ["2.jpg", "3.png"], "damaged": ["4.jpg", "6.png"],
-        "of more than 20,000 pixels": ["7.png", "8.png"], "longer than 1,000 pixels": ["9.png"], "that cannot be read": ["gone.jpg"]}.items()}
+    assert_stored(tmp_path / X, "train", labelled(good, "train"))
+    found = json.loads((tmp_path / X / "meta.json").read_text())["bad_images"]
+    reasons = {"empty": ["0.jpg"], "no image": ["1.jpg", "5.jpg"], "truncated": ["2.jpg", "3.png"],
+               "damaged": ["4.jpg", "6.png"], "of more than 20,000 pixels": ["7.png", "8.png"],
+               "longer than 1,000 pixels": ["9.png"], "that cannot be read": ["gone.jpg"]}
+    assert found == {reason: {"count": len(names), "first": [f"train/apple/{name}" for name in names]}
+                     for reason, names in reasons.items()}
     assert "bad images, left out: 1 empty (train/apple/0.jpg); " in output
 
 
 def test_no_readable_image(prepare, tmp_path):
     source = write_folder(tmp_path / "in", {"a/1.jpg": b"", "a/2.jpg": b"x"})
     status, output = prepare(source=source)
-    assert status == 2 and f"no images to train on in --source={source}; bad images, left out: 1 empty (a/1.jpg)" in output
+    assert status == 2
+    assert f"no images to train on in --source={source}; bad images, left out: 1 empty (a/1.jpg)" in output
     write_folder(source, {f"a/{i}.jpg": encoded(photo(i)) for i in range(9)})
     assert prepare(source=source, short_side=20)[0] == 0  # the wrong try is not in the way
 
 
 def test_disk_too_small(prepare, tmp_path, monkeypatch):
     source = write_folder(tmp_path / "in", some_files("train", n=1000, classes=("apple",)))
-    monkeypatch.setattr(prepare_imagenet.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1_234_567))
+    monkeypatch.setattr(prepare_imagenet.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_234_567))
     status, output = prepare(source=source)
-    assert status == 2 and "GB are needed, 0.0 GB are free; another --data_dir, or a smaller --short_side" in output
+    assert status == 2
+    assert "GB are needed, 0.0 GB are free; another --data_dir, or a smaller --short_side" in output
     assert prepare(source=source, short_side=4)[0] == 0
 
 
-@pytest.mark.parametrize("damage, words", [("gz", "compressed; unpack it first"), ("xz", "compressed; unpack it first"),
-                                           ("cut", "damaged or cut short"), ("text", "no tar"), ("empty", "no tar")])
+@pytest.mark.parametrize("damage, words", [
+    ("gz", "compressed; unpack it first"), ("xz", "compressed; unpack it first"),
+    ("cut", "damaged or cut short"), ("text", "no tar"), ("empty", "no tar")])
 def test_bad_tars(prepare, tmp_path, damage, words):
     path = tmp_path / "a.tar"
     if damage in ("gz", "xz"):
         write_tar(path, some_files("train"), f"w:{damage}")
     else:
-        path.write_bytes({"cut": write_tar(path, some_files("train")).read_bytes()[:30_000], "text": b"text" * 999, "empty": b""}[damage])
+        cut = write_tar(path, some_files("train")).read_bytes()[:30_000]
+        path.write_bytes({"cut": cut, "text": b"text" * 999, "empty": b""}[damage])
     one_line(prepare(source=path), str(path), words)
 
 
 @pytest.mark.parametrize("settings, line", [
     ({"source": "nowhere.tar"}, "no such file or folder"), ({"source": "nothing"}, "expects images (.jpeg"),
-    ({"val_fraction": 0.8, "test_fraction": 0.2}, "leave some to train"), ({"val_fraction": -0.1}, "leave some"),
-    ({"short_side": 0}, "expects 1 or more"), ({"short_side": 70_000}, "65535 at most"), ({"workers": -1}, "expects 0 or more"),
+    ({"val_fraction": 0.8, "test_fraction": 0.2}, "leave some to train"),
+    ({"val_fraction": -0.1}, "leave some"), ({"short_side": 0}, "expects 1 or more"),
+    ({"short_side": 70_000}, "65535 at most"), ({"workers": -1}, "expects 0 or more"),
     ({"dataset": "a/b"}, "plain name")])
 def test_wrong_settings(prepare, tmp_path, monkeypatch, settings, line):
     monkeypatch.chdir(tmp_path)
@@ -584,6 +570,7 @@ def test_wrong_settings(prepare, tmp_path, monkeypatch, settings, line):
 
 def test_command_line(tmp_path):
     """As the trainer starts it."""
-    done = subprocess.run([sys.executable, "-m", "scripts.prepare_imagenet", "--source=digits", "--dataset=d", f"--data_dir={tmp_path}"], cwd=REPO,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and "is finished: train 1,240 images, val 207 images, test 350 images of 10 classes" in done.stdout, done
+    command = ["-m", "scripts.prepare_imagenet", "--source=digits", "--dataset=d", f"--data_dir={tmp_path}"]
+    done = subprocess.run([sys.executable, *command], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done
+    assert "is finished: train 1,240 images, val 207 images, test 350 images of 10 classes" in done.stdout
