@@ -235,7 +235,7 @@ def split_heads(module, tensors, n_head, n_kv_head=0):
             raise UserError(f"{name} is stored as {str(dtype)[6:]}: dequantise it first")
 
     layout = module.scheme.layout
-    first = module.names[0]
+    first = module.tensor_names[0]
     shapes = ", ".join(str(tuple(tensors[name].shape)) for name in module.tensor_names[:12])
     try:
         parts = []
