@@ -24,7 +24,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanorank.checkpoint_files import (
-    NOT_MODELS, RUN_FILE, SUFFIXES, expand, locate, read_json, run_of, step_in,
+    NOT_MODELS,
+    RUN_FILE,
+    SUFFIXES,
+    expand,
+    locate,
+    read_json,
+    run_of,
+    step_in,
 )
 from nanorank.errors import UserError, one_line
 from nanorank.families import find_attention, heads_of, split_heads
@@ -100,7 +107,7 @@ class Checkpoint:
         else:
             state, extra = open_torch(file, self.state_dict)
             stored = stored_in(file, state)
-            if os.path.getsize(file) < 2**28:  # keeping it mapped is cheaper than unpickling it for each layer
+            if os.path.getsize(file) < 2**28:  # to unpickle it for each layer would cost more
                 self.mapped[file] = state
 
         stored = unwrapped(file, stored)
@@ -173,7 +180,7 @@ class Checkpoint:
             yield self.attention_layer(module)
 
     def parameters(self):
-        """The names of its parameters: no scalars, integers, buffers; tied weights once, by the first name."""
+        """Names of its parameters: no scalars, integers, buffers; tied weights once, by the first name."""
         names = []
         seen = set()
         for name, x in self.tensors.items():
