@@ -115,7 +115,7 @@ def inputs_of(model, name):
 
 
 def build(name):
-    """A model whose scores are the products alone: no biases, no norms of q and k, no distances added to them."""
+    """A model whose scores are the products alone: without biases, norms of q and k, and distances."""
     kind, settings = MODELS[name][:2]
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**settings)
