@@ -234,8 +234,8 @@ def test_another_parts_heads_are_not_taken(tmp_path):
 
 
 def test_names_that_two_models_share_are_told_apart_or_refused():
-    """qkv_proj and out_proj in h.N.attn are in CodeGen's order only where it is CodeGen; timm's qkv in another
-    order than its ViT's is refused."""
+    """qkv_proj and out_proj in h.N.attn: in CodeGen's order only where it is CodeGen. timm's qkv in another order
+    than its ViT's is refused."""
     torch.manual_seed(0)
     x, qkv, out = torch.randn(5, 16), torch.randn(48, 16), torch.randn(16, 16)
     hand = {"h.0.attn.qkv_proj.weight": qkv, "h.0.attn.out_proj.weight": out}
@@ -357,7 +357,7 @@ def merge(values):
 
 
 def test_torch_multihead_attention():
-    """torch's own module, self-attention and with kdim, vdim of their own; its per-head weights are the truth."""
+    """torch's own module, self-attention and with kdim, vdim of their own; its weights are the truth."""
     torch.manual_seed(0)
     layer = torch.nn.TransformerDecoderLayer(16, 4, bias=False, batch_first=True).eval()  # no dropout
     state = {f"decoder.layers.{i}.{name}": p for i in (0, 1) for name, p in layer.state_dict().items()}
@@ -407,7 +407,7 @@ def test_timm_and_vit_pytorch():
 @pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("n_kv_head", [4, 2])
 def test_transformer_lens(older, n_kv_head):
-    """einsum("pos d_model, head d_model d_head") and, older, ("head d_head d_model"); grouped under _W_K, _W_V."""
+    """einsum("pos d_model, head d_model d_head"), or ("head d_head d_model") before; grouped under _W_K."""
     torch.manual_seed(0)
     x, H, d, r = torch.randn(5, 12), 4, 12, 3
     W_Q = torch.randn(H, d, r)
