@@ -155,16 +155,9 @@ def find_attention(shapes, pattern="", layout="separate", config=None):
     refuse_adapters(modules, shapes)
     refuse_incomplete(modules, incomplete)
     for module in modules:
-        for name in module.tensor_names:
-            dims = 3 if module.scheme.layout == "lens" else 2
-            if len(shapes[name]) != dims or 0 in shapes[name]:
-                raise UserError(f"{name} has shape {tuple(shapes[name])}: no weight of attention heads "
-                                "(a placeholder of a sharded checkpoint?)")
-        is_tinyvit = f"{module.path}.attention_biases" in shapes
-        is_maxvit = re.search(r"attn_(block|grid)", module.path)
-        if module.scheme.names.startswith("qkv.weight") and (is_tinyvit or is_maxvit) and not pattern:
-            raise UserError(f"{module.path}: TinyViT, LeViT and MaxViT order queries, keys and values in qkv "
-                            "each in a way of their own; give --pattern=qkv.weight,proj.weight and --layout")
+        refuse_odd_shapes(module, shapes)
+        if not pattern:
+            refuse_unknown_order(module, shapes)
     if not modules:
         raise UserError(nothing_found(schemes, shapes, pattern))
     return modules
@@ -320,6 +313,24 @@ def refuse_incomplete(modules, incomplete):
     for name, lacks in incomplete.items():
         if not modules or re.sub(NUMBER, "#", name).startswith(templates):
             raise UserError(f"attention with {name} lacks {lacks}")
+
+
+def refuse_odd_shapes(module, shapes):
+    """Raises UserError for a tensor that is no weight."""
+    dims = 3 if module.scheme.layout == "lens" else 2
+    for name in module.tensor_names:
+        if len(shapes[name]) != dims or 0 in shapes[name]:
+            raise UserError(f"{name} has shape {tuple(shapes[name])}: no weight of attention heads "
+                            "(a placeholder of a sharded checkpoint?)")
+
+
+def refuse_unknown_order(module, shapes):
+    """Raises UserError for models of timm that share the ViT's names and stack q, k, v otherwise."""
+    is_tinyvit = f"{module.path}.attention_biases" in shapes
+    is_maxvit = re.search(r"attn_(block|grid)", module.path)
+    if module.scheme.names.startswith("qkv.weight") and (is_tinyvit or is_maxvit):
+        raise UserError(f"{module.path}: TinyViT, LeViT and MaxViT order queries, keys and values in qkv "
+                        "each in a way of their own; give --pattern=qkv.weight,proj.weight and --layout")
 
 
 def nothing_found(schemes, shapes, pattern):

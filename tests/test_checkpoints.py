@@ -234,8 +234,8 @@ def test_another_parts_heads_are_not_taken(tmp_path):
 
 
 def test_names_that_two_models_share_are_told_apart_or_refused():
-    """qkv_proj and out_proj in h.N.attn: in CodeGen's order only where it is CodeGen. timm's qkv in another order
-    than its ViT's is refused."""
+    """qkv_proj and out_proj in h.N.attn: in CodeGen's order only where it is CodeGen. timm's qkv in another
+    order than its ViT's is refused."""
     torch.manual_seed(0)
     x, qkv, out = torch.randn(5, 16), torch.randn(48, 16), torch.randn(16, 16)
     hand = {"h.0.attn.qkv_proj.weight": qkv, "h.0.attn.out_proj.weight": out}
