@@ -271,6 +271,22 @@ def test_other_attention_and_missing_layers_are_told():
     assert "layers 1: no attention" in remarks[1]
 
 
+def test_names_and_shapes_that_lie():
+    """A bias table of one dimension, a norm without numbers, a layer 10**12, heads of different widths."""
+    path = "model.layers.0.self_attn"
+    odd = {f"{path}.relative_position_bias_table": torch.ones(5), f"{path}.q_norm.weight": torch.ones(0)}
+    assert len(next(attention_layers({**llama(), **odd}, 4)).W_Q) == 4
+    state = renamed(llama(), ("layers.1.", f"layers.{10**12}."))
+    shapes = {name: tuple(p.shape) for name, p in state.items()}
+    assert left_out(find_attention(shapes), shapes)[0].endswith("11, 12 ...: no attention known")
+    state = {"b.0.proj.weight": torch.ones(12, 8)}
+    for name in ("key", "query", "value"):
+        state[f"b.0.heads.0.{name}.weight"] = torch.ones(4, 12)
+        state[f"b.0.heads.1.{name}.weight"] = torch.ones(4, 11)
+    with pytest.raises(ValueError, match="do not divide into 2 heads"):
+        list(attention_layers(state))
+
+
 def test_two_names_for_one_tensor_are_refused(tmp_path):
     twice = {**llama(), **renamed(llama(), ("model.", "module.model."))}
     torch.save(twice, tmp_path / "a.pt")
