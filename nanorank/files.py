@@ -1,8 +1,8 @@
 """
-Files written so that a kill loses nothing, and read so that nothing in them runs.
+Writes files so that a kill loses nothing, and reads checkpoints so that nothing in them runs.
 
     save_pt("ckpt.pt", checkpoint)     # a temporary file beside it, fsynced, renamed
-    checkpoint = load_pt("ckpt.pt")    # tensors and plain containers alone, checksums verified
+    checkpoint = load_pt("ckpt.pt")    # tensors and plain containers only, checksums verified
 """
 import contextlib
 import json
@@ -17,10 +17,14 @@ import torch
 
 from nanorank.errors import UserError
 
+# ------------------------------------------------------------ writing
 
 @contextlib.contextmanager
 def writing(path, note=""):
-    """What a disk refuses inside becomes an OSError that names this file, also where torch's archive writer has hidden it; note: what to add."""
+    """Errors of the disk inside become an OSError that names `path`; note: text to add to its message.
+
+    torch's archive writer raises RuntimeError and keeps the OSError as its context.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -33,27 +37,34 @@ def writing(path, note=""):
 
 
 def write_atomic(path, write):
-    """Calls write(file) on a temporary file beside `path`, fsyncs and renames it: a kill leaves the old file or the new, whole.
+    """Calls write(file) on a temporary file beside `path`, fsyncs it and renames it.
 
-    Raises OSError that names `path` where the disk is full or refuses: the old file stays."""
-    path = os.path.realpath(path)  # where a link points to, the link stays
+    A kill leaves the old file or the new one, whole. Raises OSError naming `path` where the disk is full or
+    refuses; the old file stays.
+    """
+    path = os.path.realpath(path)  # a link stays, and the file that it points to is replaced
     temporary = f"{path}.tmp{os.getpid()}"
+    note = " (the file that was there is whole)" if os.path.exists(path) else ""
     try:
-        with writing(path, " (the file that was there is whole)" if os.path.exists(path) else ""):
+        with writing(path, note):
             with open(temporary, "wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        if os.name == "posix":  # and the rename itself
-            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        if os.name == "posix":
+            sync_folder(os.path.dirname(path))  # else a power cut may undo the renaming
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def sync_folder(path):
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def save_pt(path, checkpoint):
@@ -62,7 +73,8 @@ def save_pt(path, checkpoint):
 
 
 def save_json(path, obj):
-    write_atomic(path, lambda file: file.write((to_json(obj, indent=2) + "\n").encode()))
+    text = to_json(obj, indent=2) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def to_json(obj, indent=None):
@@ -70,67 +82,101 @@ def to_json(obj, indent=None):
     try:
         return json.dumps(obj, indent=indent, allow_nan=False)
     except ValueError:
-        obj = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in obj.items()}
-        return json.dumps(obj, indent=indent)
+        finite = {}
+        for name, x in obj.items():
+            is_finite = not isinstance(x, float) or math.isfinite(x)
+            finite[name] = x if is_finite else None
+        return json.dumps(finite, indent=indent)
 
+# ------------------------------------------------------------ reading
 
 def load_pt(path, device="cpu", mmap=False, verify=True):
-    """A checkpoint from disk; code hidden in it is refused, never run. Raises UserError naming the file and what is wrong.
+    """A checkpoint from disk, which may come from a stranger or from a failing disk.
 
-    mmap: leave the tensors on disk until they are used (where the format allows; those of torch before 1.6 do not). verify: hold the
-    records against their checksums, which torch writes but does not read. No tensor claims more memory than the file has bytes.
+    Refused, with a UserError that names the file and the reason:
+    - code in the pickle (weights_only=True), which torch.load would run otherwise
+    - records that do not match their CRC-32, which torch writes but does not check: a flipped bit of a weight
+    - compressed records, which torch never writes: a small file could unpack to more than the memory
+    - tensors larger than the file (views of stride 0), and containers nested without end, for the same reason
+    - tensors that are sparse, quantized, nested or without data: no code here measures them
+    - records whose size is not that of their tensor: memory-mapped, torch would read on into the next
+
+    mmap: leave tensors on disk until they are used; files of torch before 1.6 are read whole.
+    verify=False skips the checksums of a file that was verified before.
     """
     try:
         with open(path, "rb"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks about foreign pickles
-            archive = zipfile.is_zipfile(path)
-            records = check_archive(path, verify) if archive else None
-            raw = torch.load(path, map_location=device, weights_only=True, mmap=mmap and archive)
-            check_tensors(raw, os.path.getsize(path), records)
+            warnings.simplefilter("ignore")  # torch's, about foreign pickles
+            size = os.path.getsize(path)
+            is_zip = zipfile.is_zipfile(path)
+            record_sizes = check_records(path, size, verify) if is_zip else None
+            raw = torch.load(path, map_location=device, weights_only=True, mmap=mmap and is_zip)
+            check_tensors(raw, size, record_sizes)
             return raw
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except Exception as error:  # torch raises a dozen kinds for truncated, foreign and malicious files
-        code = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
-        reason = (str(error).splitlines() or [""])[0][:150]
-        if "weights_only" in reason:  # torch's advice to load it unsafely is no advice
-            reason = f"it would run {code[1]}" if code else ""
-        reason = f" ({reason})" if reason else ""
+        reason = why_not(str(error))
         raise UserError(f"{path}: damaged, or not a checkpoint of plain tensors{reason}") from None
 
 
-def check_archive(path, verify):
-    """The sizes of a zip's records. Raises UserError where they are packed (torch's are not: a bomb); verify: or not what their CRC32 says."""
+def why_not(message):
+    """The reason in brackets from the message of torch or of a check below, else an empty string."""
+    lines = message.splitlines() or [""]
+    reason = lines[0][:150]
+    if "weights_only" in reason:  # torch advises to load such a file unsafely
+        code = re.search(r"(?:GLOBAL|global) ([\w.]+)", message)
+        reason = f"it would run {code[1]}" if code else ""
+    return f" ({reason})" if reason else ""
+
+
+def check_records(path, size, verify):
+    """The sizes of a zip's records. Raises where they are compressed or overlap, or fail their checksums."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
-        if any(x.compress_type != zipfile.ZIP_STORED for x in records) or sum(x.file_size for x in records) > os.path.getsize(path):
+        compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+        if compressed or sum(record.file_size for record in records) > size:
             raise UserError("compressed or overlapping records, torch writes none")
-        for record in records if verify else ():
-            if record.CRC:  # 0: written without, torch.serialization.set_crc32_options(False)
+        for record in records:
+            # a CRC of 0: written without, by torch.serialization.set_crc32_options(False)
+            if verify and record.CRC:
                 with archive.open(record) as file:
-                    while file.read(1 << 20):  # raises BadZipFile at the end
+                    while file.read(1 << 20):  # raises BadZipFile at the end where the CRC does not match
                         pass
-    return [x.file_size for x in records]
+    return [record.file_size for record in records]
 
 
-def check_tensors(raw, size, records, depth=100, most=10**6):
-    """Raises UserError where the containers that a file of `size` bytes holds are nested without end, or a tensor is larger than the file
-    (views of stride 0 are), or not plain: sparse, quantized, nested, on the meta device; or its memory no record's (sizes `records`, of a zip:
-    memory-mapped, torch would read into the next)."""
-    level, count, memory = [raw], 0, {}
+def check_tensors(raw, size, record_sizes, most_levels=100, most_items=10**6):
+    """Raises where a file of `size` bytes holds containers nested without end, tensors that are not plain or
+    are larger than the file, or (record_sizes: of a zip, else None) tensors whose memory is no record's."""
+    memory = {}  # {address: bytes}, each storage once
+    items = 0
+    depth = 0
+    level = [raw]
     while level:
+        inside = []
         for x in level:
             if isinstance(x, torch.Tensor):
-                if x.layout != torch.strided or x.is_quantized or x.is_nested or x.is_meta:
-                    raise UserError("a tensor that is sparse, quantized, nested or without data: dequantise or densify it first")
-                if x.numel() * x.element_size() > size:
-                    raise UserError(f"a tensor of shape {tuple(x.shape)} in a file of {size} bytes; save what was expanded with .contiguous()")
-                memory[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        inside = [x for x in level if isinstance(x, (dict, list, tuple))]
-        depth, count = depth - 1, count + sum(map(len, inside))
-        if depth < 0 or count > most:
-            raise UserError("containers nested without end")
-        level = [y for x in inside for y in (x.values() if isinstance(x, dict) else x)]
+                check_tensor(x, size)
+                storage = x.untyped_storage()
+                memory[storage.data_ptr()] = storage.nbytes()
+            elif isinstance(x, (dict, list, tuple)):
+                items += len(x)
+                if depth == most_levels or items > most_items:
+                    raise UserError("containers nested without end")
+                inside.extend(x.values() if isinstance(x, dict) else x)
+        depth += 1
+        level = inside
+
     memory.pop(0, None)  # of tensors without elements
-    if records is not None and Counter(memory.values()) - Counter(records):
+    if record_sizes is not None and Counter(memory.values()) - Counter(record_sizes):
         raise UserError("records of other sizes than the tensors that they hold")
+
+
+def check_tensor(x, size):
+    if x.layout != torch.strided or x.is_quantized or x.is_nested or x.is_meta:
+        raise UserError("a tensor that is sparse, quantized, nested or without data: "
+                        "dequantise or densify it first")
+    if x.numel() * x.element_size() > size:
+        raise UserError(f"a tensor of shape {tuple(x.shape)} in a file of {size} bytes; "
+                        "save what was expanded with .contiguous()")

@@ -1,5 +1,8 @@
-"""Every format on disk gives the same heads; what is damaged, foreign, hostile or unclear is refused in one line; namings without a Hugging
-Face model (tests/test_families.py has those) against their own attention."""
+"""
+Every format on disk gives the same heads; files that are damaged, foreign, hostile or unclear are refused in
+one line. Namings without a Hugging Face model are held against their own attention (test_families.py has the
+others).
+"""
 import argparse
 import json
 import os
@@ -15,7 +18,8 @@ from model import GPT, init_weights
 from nanorank.checkpoints import Checkpoint, expand, open_all, run_of
 from nanorank.families import attention_layers, find_attention, left_out
 
-ARGS = {"vocab_size": 64, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 16, "dropout": 0.0, "bias": True}
+ARGS = {"vocab_size": 64, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 16,
+        "dropout": 0.0, "bias": True}
 
 
 def gpt(seed=0):
@@ -27,7 +31,21 @@ def gpt(seed=0):
 def llama(H=4, n=2, r=6, d=24, layers=2):
     torch.manual_seed(0)
     shapes = {"q_proj": (H * r, d), "k_proj": (n * r, d), "v_proj": (n * r, d), "o_proj": (d, H * r)}
-    return {f"model.layers.{i}.self_attn.{name}.weight": torch.randn(shape) for i in range(layers) for name, shape in shapes.items()}
+    state = {}
+    for i in range(layers):
+        for name, shape in shapes.items():
+            state[f"model.layers.{i}.self_attn.{name}.weight"] = torch.randn(shape)
+    return state
+
+
+def renamed(state, *pairs):
+    """The same tensors under names in which each (old, new) is replaced."""
+    out = {}
+    for name, p in state.items():
+        for old, new in pairs:
+            name = name.replace(old, new)
+        out[name] = p
+    return out
 
 
 def heads(path, **options):
@@ -47,16 +65,24 @@ def refused(path, *words, **options):
     message = str(error.value)
     assert all(word in message for word in words) and "\n" not in message, message
 
-# ---------------------------------------------------------------------------------------------------------------- formats
+# ------------------------------------------------------------ formats
 
 def test_torch_files_of_many_makes(tmp_path):
     state, want = gpt(), list(attention_layers(gpt(), 2))
     wrapped = {f"module._orig_mod.{name}": p for name, p in state.items()}
     inside = {f"model._orig_mod.{name}": p for name, p in state.items()}
-    files = {"bare.pt": state, "bare.bin": wrapped, "inside.pth": inside, "ours.pt": {"model": state, "model_args": ARGS},
-             "lightning.ckpt": {"state_dict": inside, "hyper_parameters": {"n_head": 2}, "global_step": 7},
-             "a.pt": {"model_state": wrapped}, "b.pt": {"model_state_dict": state, "epoch": 3}, "c.pt": {"teacher": state},
-             "mae.pth": {"model": state, "args": argparse.Namespace(num_heads=2, path="x"), "best": np.float64(3.5)}}
+    namespace = argparse.Namespace(num_heads=2, path="x")
+    files = {
+        "bare.pt": state,
+        "bare.bin": wrapped,
+        "inside.pth": inside,
+        "ours.pt": {"model": state, "model_args": ARGS},
+        "lightning.ckpt": {"state_dict": inside, "hyper_parameters": {"n_head": 2}, "global_step": 7},
+        "a.pt": {"model_state": wrapped},
+        "b.pt": {"model_state_dict": state, "epoch": 3},
+        "c.pt": {"teacher": state},
+        "mae.pth": {"model": state, "args": namespace, "best": np.float64(3.5)},
+    }
     for name, content in files.items():
         torch.save(content, tmp_path / name)
         n_head = 0 if name in ("ours.pt", "lightning.ckpt", "mae.pth") else 2
@@ -106,21 +132,24 @@ def test_safetensors_shards_and_folders(tmp_path):
 
 
 def test_half_precision_and_meta_params(tmp_path):
-    state = {name.replace("model.", "").replace("self_attn", "attention").replace("q_proj", "wq").replace("k_proj", "wk")
-             .replace("v_proj", "wv").replace("o_proj", "wo"): p.bfloat16() for name, p in llama().items()}
+    half = {name: p.bfloat16() for name, p in llama().items()}
+    state = renamed(half, ("model.", ""), ("self_attn", "attention"), ("q_proj", "wq"), ("k_proj", "wk"),
+                    ("v_proj", "wv"), ("o_proj", "wo"))
     torch.save(state, tmp_path / "consolidated.00.pth")
     (tmp_path / "params.json").write_text('{"dim": 24, "n_heads": 4, "n_kv_heads": 2}')
-    assert_same(heads(tmp_path), [x for x in attention_layers({k.replace("wq", "wq"): p for k, p in state.items()}, 4)])
+    assert_same(heads(tmp_path), list(attention_layers(state, 4)))
 
 
 def test_only_attention_is_read(tmp_path, monkeypatch):
     """One layer at a time, and no other tensor."""
     save_file({**llama(layers=3), "lm_head.weight": torch.ones(50, 24)}, tmp_path / "model.safetensors")
-    checkpoint, read = Checkpoint(str(tmp_path), n_head=4), []
+    checkpoint = Checkpoint(str(tmp_path), n_head=4)
+    read = []
     own = Checkpoint.read
     monkeypatch.setattr(Checkpoint, "read", lambda self, names: read.append(list(names)) or own(self, names))
     for i, _ in enumerate(checkpoint.attention_layers()):
-        assert len(read) == i + 1 and all(f"layers.{i}.self_attn" in name for name in read[i]) and len(read[i]) == 4
+        assert len(read) == i + 1 and len(read[i]) == 4
+        assert all(f"layers.{i}.self_attn" in name for name in read[i])
 
 
 def test_what_is_refused(tmp_path):
@@ -144,16 +173,25 @@ def test_what_is_refused(tmp_path):
         save_file(llama(), tmp_path / name / "model.safetensors")
         (tmp_path / name / "config.json").write_text("NaN" if name == "nan" else '{"num_attention_heads": 0}')
     (tmp_path / "empty").mkdir()
-    for name, words in (("short.safetensors", ["damaged"]), ("noise.safetensors", ["damaged"]), ("evil.bin", ["plain tensors"]),
-                        ("evil.pt", ["plain tensors", "system"]), ("list.pt", ["holds a list"]), ("nothing.pt", ["no state dict"]),
-                        ("int8.safetensors", ["stored as I8", "dequantise"]),
-                        ("int8.pt", ["stored as int8", "dequantise"]), ("nan", ["config.json", "JSON object"]),
-                        ("zero", ["nothing says how many heads", "--n_head"]), ("empty", ["no model in it", "model.safetensors"]),
-                        ("absent.pt", ["no such file"])):
+    said = {
+        "short.safetensors": ["damaged"],
+        "noise.safetensors": ["damaged"],
+        "evil.bin": ["plain tensors"],
+        "evil.pt": ["plain tensors", "system"],
+        "list.pt": ["holds a list"],
+        "nothing.pt": ["no state dict"],
+        "int8.safetensors": ["stored as I8", "dequantise"],
+        "int8.pt": ["stored as int8", "dequantise"],
+        "nan": ["config.json", "JSON object"],
+        "zero": ["nothing says how many heads", "--n_head"],
+        "empty": ["no model in it", "model.safetensors"],
+        "absent.pt": ["no such file"],
+    }
+    for name, words in said.items():
         refused(tmp_path / name, name, *words, n_head=0 if name in ("zero", "nan") else 4)
     assert not (tmp_path / "canary").exists()
 
-# ------------------------------------------------------------------------------------------------------------------ heads
+# ------------------------------------------------------------ heads
 
 def test_heads_come_from_somewhere_and_are_never_guessed(tmp_path):
     save_file(llama(), tmp_path / "model.safetensors")
@@ -162,26 +200,31 @@ def test_heads_come_from_somewhere_and_are_never_guessed(tmp_path):
     for options in ({"n_head": 4}, {"d_head": 6}, {"n_kv_head": 2}, {"n_head": 4, "n_kv_head": 2}):
         assert_same(heads(tmp_path, **options), want)
     refused(tmp_path, "do not divide into 5 heads", n_head=5)
-    refused(tmp_path, "do not divide into 3 heads", n_head=3)     # k's 12 rows are no whole number of heads of 8
+    refused(tmp_path, "do not divide into 3 heads", n_head=3)  # k's 12 rows are no whole number of heads of 8
     refused(tmp_path, "2 key/value heads of 4, not 4", n_head=4, n_kv_head=4)
     refused(tmp_path, "--d_head=7 does not divide", d_head=7)
-    (tmp_path / "config.json").write_text('{"text_config": {"num_attention_heads": 4}, "vision_config": {"num_attention_heads": 8}}')
+    config = {"text_config": {"num_attention_heads": 4}, "vision_config": {"num_attention_heads": 8}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert_same(heads(tmp_path), want)
-    assert Checkpoint(str(tmp_path)).heads_of(Checkpoint(str(tmp_path)).modules()[0]) == (4, "config.json")
-    assert Checkpoint(str(tmp_path), n_head=2).heads_of(Checkpoint(str(tmp_path)).modules()[0]) == (4, "config.json")  # a flag fills gaps
-    state = {**llama(), **{f"model.layers.{i}.self_attn.q_norm.weight": torch.ones(6) for i in (0, 1)}}
+    for n_head in (0, 2):  # a flag fills gaps
+        checkpoint = Checkpoint(str(tmp_path), n_head=n_head)
+        assert checkpoint.heads_of(checkpoint.modules()[0]) == (4, "config.json")
+    norms = {f"model.layers.{i}.self_attn.q_norm.weight": torch.ones(6) for i in (0, 1)}
+    state = {**llama(), **norms}
     assert_same(list(attention_layers(state)), want)              # a norm of each head tells its width
     with pytest.raises(ValueError, match="config says 2 heads, the shapes beside .* say 4"):
         list(attention_layers(state, configs={"config": {"num_attention_heads": 2}}))
 
 
 def test_another_parts_heads_are_not_taken(tmp_path):
-    """Composite models: a part whose own config is missing, silent, or of another width is refused; the flag fills what is left open."""
-    vision = {name.replace("model.", "vision_tower.vision_model.encoder."): p for name, p in llama(H=2, n=2, r=6, d=12).items()}
-    save_file({**{name.replace("model.", "language_model.model."): p for name, p in llama().items()}, **vision}, tmp_path / "model.safetensors")
+    """Composite models: a part whose own config is missing, silent, or of another width is refused."""
+    vision = renamed(llama(H=2, n=2, r=6, d=12), ("model.", "vision_tower.vision_model.encoder."))
+    text = renamed(llama(), ("model.", "language_model.model."))
+    save_file({**text, **vision}, tmp_path / "model.safetensors")
+    tower = {"num_attention_heads": 2, "hidden_size": 12}
     for config, words in (({"text_config": {"num_attention_heads": 4}}, "vision_tower"),
                           ({"num_attention_heads": 4, "hidden_size": 24}, "vision_tower"),
-                          ({"text_config": {"hidden_size": 24}, "vision_config": {"num_attention_heads": 2, "hidden_size": 12}}, "language_model")):
+                          ({"text_config": {"hidden_size": 24}, "vision_config": tower}, "language_model")):
         (tmp_path / "config.json").write_text(json.dumps(config))
         refused(tmp_path, "nothing says how many heads", words)
     got = heads(tmp_path, n_head=4)  # LLaVA 1.5 says the vision tower's alone
@@ -191,7 +234,8 @@ def test_another_parts_heads_are_not_taken(tmp_path):
 
 
 def test_names_that_two_models_share_are_told_apart_or_refused():
-    """qkv_proj and out_proj in h.N.attn: CodeGen's order only where it is CodeGen; timm's qkv in other orders than timm's ViT is refused."""
+    """qkv_proj and out_proj in h.N.attn: in CodeGen's order only where it is CodeGen. timm's qkv in another
+    order than its ViT's is refused."""
     torch.manual_seed(0)
     x, qkv, out = torch.randn(5, 16), torch.randn(48, 16), torch.randn(16, 16)
     hand = {"h.0.attn.qkv_proj.weight": qkv, "h.0.attn.out_proj.weight": out}
@@ -202,7 +246,7 @@ def test_names_that_two_models_share_are_told_apart_or_refused():
     assert not torch.equal(codegen.W_Q, layer.W_Q)
     timm = {"blocks.0.attn.qkv.weight": qkv, "blocks.0.attn.proj.weight": out}
     for state, words in (({**timm, "blocks.0.attn.attention_biases": torch.ones(4, 9)}, "TinyViT"),
-                         ({name.replace("attn.", "attn_grid.attn."): p for name, p in timm.items()}, "MaxViT"),
+                         (renamed(timm, ("attn.", "attn_grid.attn.")), "MaxViT"),
                          ({**timm, "blocks.0.attn.qkv.weight": qkv[:32]}, "--n_kv_head=2")):
         with pytest.raises(ValueError, match=words):
             list(attention_layers(state, 4))
@@ -210,49 +254,77 @@ def test_names_that_two_models_share_are_told_apart_or_refused():
 
 def test_what_would_be_measured_wrongly_is_refused():
     state = llama()
-    for more, words in (({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 24)}, "merge the adapter"),
-                        ({"model.layers.2.self_attn.q_proj.base_layer.weight": torch.ones(24, 24)}, "merge the adapter"),
-                        ({"model.layers.1.self_attn.q_proj.weight": torch.ones(0)}, "placeholder")):
+    for name, x, words in (("0.self_attn.q_proj.lora_A", torch.ones(2, 24), "merge the adapter"),
+                           ("2.self_attn.q_proj.base_layer", torch.ones(24, 24), "merge the adapter"),
+                           ("1.self_attn.q_proj", torch.ones(0), "placeholder")):
         with pytest.raises(ValueError, match=words):
-            list(attention_layers({**state, **more}, 4))
-    shapes = {name: tuple(p.shape) for name, p in {**llama(layers=3), "model.layers.1.mla_attn.kv_b.weight": torch.ones(8, 8)}.items()
-              if "layers.1.self_attn" not in name}
+            list(attention_layers({**state, f"model.layers.{name}.weight": x}, 4))
+
+
+def test_other_attention_and_missing_layers_are_told():
+    state = {name: p for name, p in llama(layers=3).items() if "layers.1.self_attn" not in name}
+    state["model.layers.1.mla_attn.kv_b.weight"] = torch.ones(8, 8)
+    shapes = {name: tuple(p.shape) for name, p in state.items()}
     remarks = left_out(find_attention(shapes), shapes)
-    assert len(remarks) == 2 and "model.layers.1.mla_attn.kv_b.weight (8, 8)" in remarks[0] and "layers 1: no attention" in remarks[1]
+    assert len(remarks) == 2
+    assert "model.layers.1.mla_attn.kv_b.weight (8, 8)" in remarks[0]
+    assert "layers 1: no attention" in remarks[1]
+
+
+def test_names_and_shapes_that_lie():
+    """A bias table of one dimension, a norm without numbers, a layer 10**12, heads of different widths."""
+    path = "model.layers.0.self_attn"
+    odd = {f"{path}.relative_position_bias_table": torch.ones(5), f"{path}.q_norm.weight": torch.ones(0)}
+    assert len(next(attention_layers({**llama(), **odd}, 4)).W_Q) == 4
+    state = renamed(llama(), ("layers.1.", f"layers.{10**12}."))
+    shapes = {name: tuple(p.shape) for name, p in state.items()}
+    assert left_out(find_attention(shapes), shapes)[0].endswith("11, 12 ...: no attention known")
+    state = {"b.0.proj.weight": torch.ones(12, 8)}
+    for name in ("key", "query", "value"):
+        state[f"b.0.heads.0.{name}.weight"] = torch.ones(4, 12)
+        state[f"b.0.heads.1.{name}.weight"] = torch.ones(4, 11)
+    with pytest.raises(ValueError, match="do not divide into 2 heads"):
+        list(attention_layers(state))
 
 
 def test_two_names_for_one_tensor_are_refused(tmp_path):
-    torch.save({**llama(), **{f"module.{name}": p for name, p in llama().items()}}, tmp_path / "a.pt")
+    twice = {**llama(), **renamed(llama(), ("model.", "module.model."))}
+    torch.save(twice, tmp_path / "a.pt")
     refused(tmp_path / "a.pt", "holds both model.layers", "module.model.layers", n_head=4)
 
 
 def test_buffers_are_no_parameters(tmp_path):
-    buffers = {"model.layers.0.attn_mask": torch.ones(4, 9, 9), "model.rotary_sin": torch.ones(9, 4), "model.scalar": torch.ones(()),
-               "model.layers.0.self_attn.inv_freq": torch.ones(3)}
+    buffers = {"model.layers.0.attn_mask": torch.ones(4, 9, 9), "model.rotary_sin": torch.ones(9, 4),
+               "model.scalar": torch.ones(()), "model.layers.0.self_attn.inv_freq": torch.ones(3)}
     torch.save({**llama(), **buffers}, tmp_path / "a.pt")
     assert set(Checkpoint(str(tmp_path / "a.pt"), n_head=4).parameters()) == set(llama())
 
 
 def test_heads_of_t5_and_swin_stand_in_their_shapes():
-    t5 = {f"{side}.block.{i}.layer.{j}.{name}.{x}.weight": torch.randn((24, 16) if x != "o" else (16, 24))
-          for side, j, name in (("encoder", 0, "SelfAttention"), ("decoder", 0, "SelfAttention"), ("decoder", 1, "EncDecAttention"))
-          for i in (0, 1) for x in "qkvo"}
+    t5 = {}
+    for layer in ("encoder.block.{}.layer.0.SelfAttention", "decoder.block.{}.layer.0.SelfAttention",
+                  "decoder.block.{}.layer.1.EncDecAttention"):
+        for i in (0, 1):
+            for x in "qkvo":
+                t5[f"{layer.format(i)}.{x}.weight"] = torch.randn((24, 16) if x != "o" else (16, 24))
     for side, H in (("encoder", 3), ("decoder", 6)):
         t5[f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = torch.ones(32, H)
     got = list(attention_layers(t5))
-    assert [(x.stack, x.layer, len(x.W_Q)) for x in got] == [("encoder", 0, 3), ("encoder", 1, 3), ("decoder", 0, 6), ("decoder", 1, 6),
-                                                             ("cross", 0, 6), ("cross", 1, 6)]
+    assert [(x.stack, x.layer, len(x.W_Q)) for x in got] == [
+        ("encoder", 0, 3), ("encoder", 1, 3), ("decoder", 0, 6), ("decoder", 1, 6),
+        ("cross", 0, 6), ("cross", 1, 6)]
     swin = {}
     for stage, blocks, d, H in ((0, 1, 8, 2), (1, 2, 16, 4)):
         for i in range(blocks):
             path = f"layers.{stage}.blocks.{i}.attn"
             swin |= {f"{path}.qkv.weight": torch.randn(3 * d, d), f"{path}.proj.weight": torch.randn(d, d),
                      f"{path}.relative_position_bias_table": torch.ones(49, H)}
-    assert [(x.stack, x.layer, tuple(x.W_Q.shape)) for x in attention_layers(swin)] == [("", 0, (2, 4, 8)), ("", 1, (4, 4, 16)), ("", 2, (4, 4, 16))]
+    got = [(x.stack, x.layer, tuple(x.W_Q.shape)) for x in attention_layers(swin)]
+    assert got == [("", 0, (2, 4, 8)), ("", 1, (4, 4, 16)), ("", 2, (4, 4, 16))]
 
 
 def test_pattern_for_names_that_no_scheme_knows(tmp_path):
-    state = {name.replace("self_attn.", "mixer.").replace("_proj", "_matrix"): p for name, p in llama().items()}
+    state = renamed(llama(), ("self_attn.", "mixer."), ("_proj", "_matrix"))
     save_file({**state, "model.embed.weight": torch.ones(5, 24)}, tmp_path / "model.safetensors")
     refused(tmp_path, "no attention found", "q_proj", "layers.0.mixer.q_matrix.weight", "--pattern", n_head=4)
     want = [x[2:] for x in attention_layers(llama(), 4)]
@@ -260,9 +332,12 @@ def test_pattern_for_names_that_no_scheme_knows(tmp_path):
     assert_same(heads(tmp_path, **options), list(attention_layers(llama(), 4)))
     refused(tmp_path, "--layout=x", **{**options, "layout": "x"})
     refused(tmp_path, "expects the ends", pattern="q", n_head=4)
-    refused(tmp_path, "lacks", "z.weight", pattern="q_matrix.weight,k_matrix.weight,v_matrix.weight,z.weight", n_head=4)
-    fused = {f"b.{i}.m.all": torch.cat([state[f"model.layers.{i}.mixer.{x}_matrix.weight"] for x in "qkv"]) for i in (0, 1)}
-    fused |= {f"b.{i}.m.end": state[f"model.layers.{i}.mixer.o_matrix.weight"] for i in (0, 1)}
+    pattern = "q_matrix.weight,k_matrix.weight,v_matrix.weight,z.weight"
+    refused(tmp_path, "lacks", "z.weight", pattern=pattern, n_head=4)
+    fused = {}
+    for i in (0, 1):
+        q, k, v, o = (state[f"model.layers.{i}.mixer.{x}_matrix.weight"] for x in "qkvo")
+        fused |= {f"b.{i}.m.all": torch.cat([q, k, v]), f"b.{i}.m.end": o}
     torch.save(fused, tmp_path / "fused.pt")
     got = heads(tmp_path / "fused.pt", pattern="all,end", layout="fused", n_head=4)
     assert all(torch.equal(p, q) for x, y in zip(got, want) for p, q in zip(x[2:], y))
@@ -271,10 +346,11 @@ def test_pattern_for_names_that_no_scheme_knows(tmp_path):
 def test_a_layer_that_lacks_a_tensor_is_named():
     state = llama()
     del state["model.layers.1.self_attn.v_proj.weight"]
-    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj\.weight lacks model\.layers\.1\.self_attn\.v_proj\.weight"):
+    lacks = r"layers\.1\.self_attn\.q_proj\.weight lacks model\.layers\.1\.self_attn\.v_proj\.weight"
+    with pytest.raises(ValueError, match=lacks):
         find_attention({name: tuple(p.shape) for name, p in state.items()})
 
-# ------------------------------------------------------------------------------- namings without a Hugging Face model of their own
+# ------------------------------------------------------------ namings without a Hugging Face model
 
 def reference(x, q, k, v, H):
     """Scores (H, T, T) and per-head values (H, T, r) of heads contiguous in q, k, v (T, H r)."""
@@ -284,7 +360,8 @@ def reference(x, q, k, v, H):
 
 def assert_heads(layer, x, scores, values, project):
     """layer's products give these scores, and project(values with but one head left) its outputs."""
-    assert torch.allclose(torch.einsum("td,hrd,hre,se->hts", x, layer.W_Q, layer.W_K, x), scores, rtol=1e-4, atol=1e-4)
+    got = torch.einsum("td,hrd,hre,se->hts", x, layer.W_Q, layer.W_K, x)
+    assert torch.allclose(got, scores, rtol=1e-4, atol=1e-4)
     for h in range(len(layer.P)):
         alone = torch.zeros_like(values)
         alone[h] = values[h]
@@ -296,7 +373,7 @@ def merge(values):
 
 
 def test_torch_multihead_attention():
-    """torch's own module, self-attention and with kdim, vdim of their own; its per-head weights are the witness."""
+    """torch's own module, self-attention and with kdim, vdim of their own; its weights are the truth."""
     torch.manual_seed(0)
     layer = torch.nn.TransformerDecoderLayer(16, 4, bias=False, batch_first=True).eval()  # no dropout
     state = {f"decoder.layers.{i}.{name}": p for i in (0, 1) for name, p in layer.state_dict().items()}
@@ -309,19 +386,22 @@ def test_torch_multihead_attention():
         out, weights = module(x, k, v, average_attn_weights=False)
         scores = torch.einsum("td,hrd,hre,se->hts", x[0], heads_.W_Q, heads_.W_K, k[0])
         assert torch.allclose(F.softmax(scores / 2, -1), weights[0], atol=1e-6)  # sqrt(r) = 2
-        assert torch.allclose(torch.einsum("hts,se,hre,hdr->td", weights[0], v[0], heads_.W_V, heads_.P), out[0], atol=1e-5)
+        got = torch.einsum("hts,se,hre,hdr->td", weights[0], v[0], heads_.W_V, heads_.P)
+        assert torch.allclose(got, out[0], atol=1e-5)
 
 
 def test_timm_and_vit_pytorch():
-    """qkv.reshape(B, N, 3, H, r) in timm; chunk(3) and heads of dim_head that need not be d / H in vit-pytorch."""
+    """qkv.reshape(B, N, 3, H, r) in timm; chunk(3) and heads of any width in vit-pytorch."""
     torch.manual_seed(0)
     x = torch.randn(5, 12)
     qkv, proj = torch.randn(36, 12), torch.randn(12, 12)
     q, k, v = F.linear(x, qkv).reshape(5, 3, 3, 4).permute(1, 2, 0, 3)
     (layer,) = attention_layers({"blocks.0.attn.qkv.weight": qkv, "blocks.0.attn.proj.weight": proj}, 3)
     assert_heads(layer, x, q @ k.mT, v, lambda values: merge(values) @ proj.T)
-    state = {"blocks.0.attn.qkv.weight": torch.randn(576, 192), "blocks.0.attn.proj.weight": torch.randn(192, 192)}
-    for architecture in ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_base_patch16_224"):  # of the hub's config.json
+    state = {"blocks.0.attn.qkv.weight": torch.randn(576, 192),
+             "blocks.0.attn.proj.weight": torch.randn(192, 192)}
+    # of the hub's config.json
+    for architecture in ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_base_patch16_224"):
         configs = {"config.json": {"architecture": architecture, "num_features": 192}}
         if "vit_tiny" in architecture:
             assert len(next(attention_layers(state, configs=configs)).W_Q) == 3
@@ -330,7 +410,10 @@ def test_timm_and_vit_pytorch():
                 next(attention_layers(state, configs=configs))
     qkv, out = torch.randn(3 * 2 * 8, 12), torch.randn(12, 16)
     for names in (("0.to_qkv", "0.to_out.0"), ("0.fn.to_qkv", "0.fn.to_out.0"), ("0.to_qkv", "0.to_out")):
-        state = {f"transformer.layers.{i}.{name}.weight": p for i in (0, 1) for name, p in zip(names, (qkv, out))}
+        state = {}
+        for i in (0, 1):
+            state[f"transformer.layers.{i}.{names[0]}.weight"] = qkv
+            state[f"transformer.layers.{i}.{names[1]}.weight"] = out
         layers = list(attention_layers({**state, "transformer.layers.0.1.net.0.weight": torch.ones(12)}, 2))
         assert [layer.layer for layer in layers] == [0, 1]
         scores, values = reference(x, *(x @ qkv.T).chunk(3, -1), 2)
@@ -340,16 +423,20 @@ def test_timm_and_vit_pytorch():
 @pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("n_kv_head", [4, 2])
 def test_transformer_lens(older, n_kv_head):
-    """einsum("pos d_model, head d_model d_head") and, older, ("head d_head d_model"); grouped queries under _W_K, _W_V."""
+    """einsum("pos d_model, head d_model d_head"), or ("head d_head d_model") before; grouped under _W_K."""
     torch.manual_seed(0)
     x, H, d, r = torch.randn(5, 12), 4, 12, 3
-    W_Q, W_K, W_V, W_O = torch.randn(H, d, r), torch.randn(n_kv_head, d, r), torch.randn(n_kv_head, d, r), torch.randn(H, r, d)
+    W_Q = torch.randn(H, d, r)
+    W_K = torch.randn(n_kv_head, d, r)
+    W_V = torch.randn(n_kv_head, d, r)
+    W_O = torch.randn(H, r, d)
     q, k, v = (torch.einsum("td,hdr->htr", x, W) for W in (W_Q, W_K, W_V))
     k, v = (y.repeat_interleave(H // n_kv_head, 0) for y in (k, v))
     under = "_" if n_kv_head < H else ""
-    state = {"blocks.0.attn.W_Q": W_Q, f"blocks.0.attn.{under}W_K": W_K, f"blocks.0.attn.{under}W_V": W_V, "blocks.0.attn.W_O": W_O}
-    state = {name: W.mT if older else W for name, W in state.items()}
-    (layer,) = attention_layers({**state, "blocks.0.attn.b_O": torch.ones(d), "blocks.0.attn.mask": torch.ones(5, 5)})
+    state = {"W_Q": W_Q, f"{under}W_K": W_K, f"{under}W_V": W_V, "W_O": W_O}
+    state = {f"blocks.0.attn.{name}": W.mT if older else W for name, W in state.items()}
+    others = {"blocks.0.attn.b_O": torch.ones(d), "blocks.0.attn.mask": torch.ones(5, 5)}
+    (layer,) = attention_layers({**state, **others})
     assert_heads(layer, x, q @ k.mT, v, lambda values: torch.einsum("htr,hrd->td", values, W_O))
     with pytest.raises(ValueError, match="has 4"):
         list(attention_layers(state, 3))
@@ -358,22 +445,28 @@ def test_transformer_lens(older, n_kv_head):
 def test_one_linear_per_head():
     torch.manual_seed(0)
     x = torch.randn(5, 12)
-    state = {f"blocks.{i}.sa.heads.{h}.{name}.weight": torch.randn(4, 12) for i in (0, 1) for h in range(3) for name in ("key", "query", "value")}
-    state |= {f"blocks.{i}.sa.proj.weight": torch.randn(12, 12) for i in (0, 1)} | {"blocks.0.sa.heads.0.tril": torch.ones(8, 8)}
+    state = {"blocks.0.sa.heads.0.tril": torch.ones(8, 8)}
+    for i in (0, 1):
+        state[f"blocks.{i}.sa.proj.weight"] = torch.randn(12, 12)
+        for h in range(3):
+            for name in ("key", "query", "value"):
+                state[f"blocks.{i}.sa.heads.{h}.{name}.weight"] = torch.randn(4, 12)
     layers = list(attention_layers(state))
     assert [layer.layer for layer in layers] == [0, 1]
-    q, k, v = (torch.stack([x @ state[f"blocks.1.sa.heads.{h}.{name}.weight"].T for h in range(3)]) for name in ("query", "key", "value"))
+    q, k, v = (torch.stack([x @ state[f"blocks.1.sa.heads.{h}.{name}.weight"].T for h in range(3)])
+               for name in ("query", "key", "value"))
     assert_heads(layers[1], x, q @ k.mT, v, lambda values: merge(values) @ state["blocks.1.sa.proj.weight"].T)
 
 
 def test_heads_of_their_own_width_and_values_of_another():
-    state = {"layers.0.attn.q_proj.weight": torch.randn(4 * 5, 12), "layers.0.attn.k_proj.weight": torch.randn(2 * 5, 12),
-             "layers.0.attn.v_proj.weight": torch.randn(2 * 3, 12), "layers.0.attn.o_proj.weight": torch.randn(12, 4 * 3)}
+    shapes = {"q": (4 * 5, 12), "k": (2 * 5, 12), "v": (2 * 3, 12), "o": (12, 4 * 3)}
+    state = {f"layers.0.attn.{x}_proj.weight": torch.randn(shape) for x, shape in shapes.items()}
     (layer,) = attention_layers(state, 4)
-    assert layer.W_Q.shape == layer.W_K.shape == (4, 5, 12) and layer.W_V.shape == (4, 3, 12) and layer.P.shape == (4, 12, 3)
+    assert layer.W_Q.shape == layer.W_K.shape == (4, 5, 12)
+    assert layer.W_V.shape == (4, 3, 12) and layer.P.shape == (4, 12, 3)
     assert torch.equal(layer.W_K[0], layer.W_K[1]) and not torch.equal(layer.W_K[1], layer.W_K[2])
 
-# ------------------------------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------ runs
 
 def test_folders_of_steps_are_runs_in_order(tmp_path):
     for name in ("checkpoint-1000", "checkpoint-500"):
@@ -382,7 +475,8 @@ def test_folders_of_steps_are_runs_in_order(tmp_path):
         (tmp_path / "trainer" / name / "config.json").write_text('{"num_attention_heads": 4}')
     (tmp_path / "trainer" / "runs").mkdir()
     found = list(open_all([str(tmp_path / "trainer")]))
-    assert [x.step for x in found] == [500, 1000] and {run_of(x.path) for x in found} == {str(tmp_path / "trainer")}
+    assert [x.step for x in found] == [500, 1000]
+    assert {run_of(x.path) for x in found} == {str(tmp_path / "trainer")}
     for name in ("step0", "step16", "step2-tokens0B"):
         (tmp_path / "pythia" / name).mkdir(parents=True)
         save_file(llama(), tmp_path / "pythia" / name / "model.safetensors")
@@ -395,8 +489,9 @@ def test_folders_of_steps_are_runs_in_order(tmp_path):
     for name in ("a_step7.pt", "a_step70.pt", "b-step=8.ckpt", "global_step3.bin"):
         torch.save(llama(), tmp_path / "files" / name)
     found = list(open_all([str(tmp_path / "files")]))
-    assert {(run_of(x.path), x.step) for x in found} == {(str(tmp_path / "files" / "a"), 7), (str(tmp_path / "files" / "a"), 70),
-                                                         (str(tmp_path / "files" / "b"), 8), (str(tmp_path / "files"), 3)}
+    files = str(tmp_path / "files")
+    assert {(run_of(x.path), x.step) for x in found} == {
+        (f"{files}/a", 7), (f"{files}/a", 70), (f"{files}/b", 8), (files, 3)}
 
 
 def test_revisions_in_the_hubs_cache(tmp_path):
@@ -408,7 +503,8 @@ def test_revisions_in_the_hubs_cache(tmp_path):
         save_file(llama(), cache / "snapshots" / commit / "model.safetensors")
     found = list(open_all([str(cache)]))
     assert [(x.step, run_of(x.path)) for x in found] == [(0, str(cache)), (512, str(cache))]
-    assert len(Checkpoint(f"{cache}@step512", n_head=4).tensors) == len(Checkpoint(f"{cache}@main", n_head=4).tensors) == 8
+    for revision in ("step512", "main"):
+        assert len(Checkpoint(f"{cache}@{revision}", n_head=4).tensors) == 8
     refused(f"{cache}@step9", "no revision step9")
 
 
@@ -427,7 +523,8 @@ def test_a_hub_id_fetches_only_what_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(hub.HfApi, "list_repo_files", lambda self, repo_id, revision: there)
     monkeypatch.setattr(hub, "hf_hub_download", download)
     assert_same(heads("org/model@step5"), list(attention_layers(llama(), 4)))
-    assert {name for _, name, _ in fetched} == {"config.json", "model.safetensors"} and fetched[0][::2] == ("org/model", "step5")
+    assert {name for _, name, _ in fetched} == {"config.json", "model.safetensors"}
+    assert fetched[0][::2] == ("org/model", "step5")
     assert expand(["org/model@step5", "org/model@step1"]) == ["org/model@step1", "org/model@step5"]
 
     class OfItsOwnKind(Exception):
