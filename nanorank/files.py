@@ -5,6 +5,7 @@ Writes files so that a kill loses nothing, and reads checkpoints so that nothing
     checkpoint = load_pt("ckpt.pt")    # tensors and plain containers only, checksums verified
 """
 import contextlib
+import errno
 import json
 import math
 import os
@@ -17,7 +18,30 @@ import torch
 
 from nanorank.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: nothing keeps two processes apart there
+    fcntl = None
+
 # ------------------------------------------------------------ writing
+
+def lock_file(path):
+    """Locks the file `path`. Returns it open: closing it unlocks it, and so does the end of the process.
+
+    Raises BlockingIOError where another process holds the lock. A file system without locks keeps nobody out.
+    fcntl.lockf, not filelock, which uses flock: forked workers would inherit that and hold it on, and where a
+    file system has none, filelock leaves a marker file that a kill would leave behind.
+    """
+    file = open(path, "ab")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise BlockingIOError(error.errno, "locked by another process", path) from None
+    return file
+
 
 @contextlib.contextmanager
 def writing(path, note=""):

@@ -30,7 +30,7 @@ from nanorank.errors import UserError
 from nanorank.files import load_pt, save_json, save_pt
 from nanorank.restore import check_resumable, load_optimizers, saved_args
 from nanorank.rng import hash64
-from nanorank.run_folder import RunLog, copy_source, lock_folder, remove_leftovers
+from nanorank.run_folder import RunLog, copy_source, lock_folder, remove_leftovers, unlock_folder
 from nanorank.run_settings import check_same_run, check_settings, ckpt_path, parse_steps, split_batch
 
 # float16's gradient scale starts at 65536 and halves with each skipped step: 30 in a row is hopeless
@@ -69,9 +69,8 @@ class Run:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
 
-        self.lock = None
         if not settings["eval_only"]:
-            self.lock = self.take_folder()
+            self.take_folder()
         self.resume = self.find_run()
         self.barrier()  # every process has looked before the first one writes
 
@@ -123,15 +122,14 @@ class Run:
 
     def take_folder(self):
         """Keeps other runs out of out_dir. Raises UserError on every process where another run has it."""
-        lock, refused = None, None
+        refused = None
         if self.master_process:
             try:
-                lock = lock_folder(self.out_dir)
+                lock_folder(self.out_dir)
             except (UserError, OSError) as error:
                 refused = error
         if all_sum(refused is not None)[0]:
             raise refused or UserError(f"{self.out_dir} cannot be used")
-        return lock
 
     def find_run(self):
         """Whether to resume from ckpt.pt. Raises UserError where the folder does not allow what is asked."""
@@ -415,7 +413,7 @@ class Run:
     def close(self):
         if self.log_file:
             self.log_file.close()
-        if self.lock:
-            self.lock.release()
+        if self.master_process:
+            unlock_folder(self.out_dir)
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -10,34 +10,40 @@ import subprocess
 import sys
 import time
 
-from filelock import FileLock, Timeout
-
 from nanorank.console import print0
 from nanorank.errors import UserError
-from nanorank.files import to_json, writing
+from nanorank.files import lock_file, to_json, writing
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the repository
 
 
-def lock_folder(out_dir):
-    """Keeps other runs out of out_dir until the lock is released or this process ends, however it ends.
+LOCKED = {}  # {path: file} that this process has locked: a second file, once closed, would unlock the first
 
-    Raises UserError where another run has it or it cannot be written to.
+
+def lock_folder(out_dir):
+    """Keeps other processes out of out_dir until unlock_folder, or until this one ends, however it ends.
+
+    Raises UserError where another process has it or it cannot be written to.
     """
+    path = os.path.join(os.path.realpath(out_dir), ".lock")
+    if path in LOCKED:  # an earlier run of this process, which ended in an error
+        return
     try:
         os.makedirs(out_dir, exist_ok=True)
-        lock = FileLock(os.path.join(out_dir, ".lock"), blocking=False, is_singleton=True)
-        lock.acquire()
-        return lock
-    except Timeout:
+        LOCKED[path] = lock_file(path)
+    except BlockingIOError:
         raise UserError(f"another run is at work in {out_dir}: --out_dir goes elsewhere") from None
-    except NotImplementedError:  # a file system without locks keeps nobody out
-        return None
     except OSError as error:
         if error.errno in (errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM):
             reason = error.strerror
             raise UserError(f"{out_dir} cannot be written to ({reason}): --out_dir goes elsewhere") from None
         raise
+
+
+def unlock_folder(out_dir):
+    file = LOCKED.pop(os.path.join(os.path.realpath(out_dir), ".lock"), None)
+    if file:
+        file.close()
 
 
 def copy_source(out_dir):

@@ -7,8 +7,6 @@ The scripts read the same chunks in the same order every time and append the res
 therefore needs only the number of the last chunk that is safely written.
 """
 import contextlib
-import errno
-import fcntl
 import gc
 import glob
 import json
@@ -24,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from nanorank.errors import UserError
-from nanorank.files import save_json, writing
+from nanorank.files import lock_file, save_json, writing
 
 SPLITS = ("train", "val", "test")
 NAMED = 5  # bad records named, per reason
@@ -116,15 +114,11 @@ def start_worker():
 @contextlib.contextmanager
 def only_process(path, what="this data set"):
     """Holds a lock on the file `path`. Raises UserError if another process holds it."""
-    # fcntl.lockf, not filelock: the kernel must drop the lock as soon as this process dies, and workers
-    # must not hold it. filelock uses flock, which forks inherit (before its version 4), and where a file
-    # system has no flock it falls back to a marker file, which a kill leaves behind.
-    with open(path, "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # other errors: a file system without locks
-                raise UserError(f"another process is at work on {what} ({path} is locked)") from None
+    try:
+        file = lock_file(path)
+    except BlockingIOError:
+        raise UserError(f"another process is at work on {what} ({path} is locked)") from None
+    with file:
         yield
 
 
