@@ -27,6 +27,13 @@ except ImportError:  # Windows: nothing keeps two runs out of one folder
     fcntl = None
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # where the scripts are
+# these settings of a run may always change when it is resumed
+FREE_ON_RESUME = (
+    "out_dir", "init_from", "overwrite", "eval_only", "device", "dtype", "compile", "data_dir", "batch_size",
+    "log_interval", "eval_interval", "eval_iters", "rank_interval", "snapshot_steps",
+    "wandb_log", "wandb_project", "wandb_run_name",
+)
+
 LEAST_SCALE = 1e-4  # of float16's gradients; it begins at 65536 and halves with each step that is skipped: 30 in a row; ours, as fairseq's
 
 
