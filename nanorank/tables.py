@@ -17,11 +17,15 @@ def read_csv(path, columns=()):
     """
     try:
         table = pd.read_csv(path, float_precision="round_trip")
-    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-        raise UserError(f"{path}: {error}") from None
-    missing = [name for name in columns if name not in table]
-    if missing or table.empty:
-        raise UserError(f"{path}: no rows, or no column {missing[0] if missing else ''}")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # pandas' own errors are ValueErrors
+        raise UserError(f"{path} is no CSV table: {error}") from None
+    for name in columns:
+        if name not in table:
+            raise UserError(f"{path}: no column {name}")
+    if table.empty:
+        raise UserError(f"{path}: no rows")
     return table
 
 
@@ -50,7 +54,9 @@ def undetermined(table, given, always=()):
     """
     n_groups = len(table[given].drop_duplicates())
     names = []
-    for name in table.columns.difference(given, sort=False):
+    for name in table:
+        if name in given:
+            continue
         n_with_it = len(table[[*given, name]].drop_duplicates())
         if name in always or n_with_it > n_groups:
             names.append(name)
