@@ -16,13 +16,12 @@ from nanorank.figures.style import (
     PRODUCTS,
     STYLE,
     by_run,
-    colour_of,
     has_snapshots,
     identity,
     label_layers,
     last_rows,
     legend,
-    marker_of,
+    look,
     rank_column,
     read_runs,
     whole_numbers,
@@ -64,11 +63,9 @@ def heads(path, chosen=()):
                 n_head = own["head"].max() + 1
                 within = (i + (own["head"] + 0.5) / n_head) / len(runs) - 0.5
                 x = own["place"].map(places.index) + 0.8 * within
-                ax.scatter(
-                    x, own[rank], s=dot_size, color=colour_of(i), marker=marker_of(i),
-                    alpha=0.8, linewidth=0, label=name,
-                )
-            ax.set_title(f"{symbol}, every head at the end" if trained else f"{symbol}, every head")
+                ax.scatter(x, own[rank], s=dot_size, alpha=0.8, linewidth=0, label=name, **look(i))
+            at_end = " at the end" if trained else ""
+            ax.set_title(f"{symbol}, every head{at_end}")
             ax.set_xlabel("layer")
             label_layers(ax.xaxis, places)
 
@@ -77,7 +74,7 @@ def heads(path, chosen=()):
                 for i, name in enumerate(runs):
                     own = table[(table["run"] == name) & (table["product"] == product)]
                     mean = own.groupby("step")[rank].mean()
-                    ax.plot(mean.index, mean, color=colour_of(i), marker=marker_of(i), markersize=3, label=name)
+                    ax.plot(mean.index, mean, markersize=3, label=name, **look(i))
                 ax.set_title(f"{symbol}, mean over heads")
                 ax.set_xlabel("step")
 
@@ -92,18 +89,21 @@ def heads(path, chosen=()):
 def nuclear_norm(path):
     """Nuclear norm of every head's product against half the squared norms of its factors, a row a run.
 
-    Balanced heads lie on the diagonal. Grey rings: Gaussian factors of the same shapes and norms. The
-    right half plots the norms of the two factors against each other. path: a heads.csv.
+    Balanced heads lie on the diagonal. Grey rings: Gaussian factors of the same shapes and norms.
+    The right half plots the norms of the two factors against each other. path: a heads.csv.
     """
     columns = (*HEAD_COLUMNS, "half_sq_norm", "nuclear", "gap_gaussian", "norm_A", "norm_B")
     table = last_rows(read_runs(path, columns))
     runs = by_run(table, MOST_RUNS)
 
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(len(runs), 4, figsize=(11.5, 2.75 * len(runs) + 0.3), squeeze=False)
+        size = (11.5, 2.75 * len(runs) + 0.3)
+        fig, axes = plt.subplots(len(runs), 4, figsize=size, squeeze=False)
         for (name, run), line in zip(runs, axes):
             places = list(run["place"].unique())
-            dots = {"s": 9, "cmap": "viridis", "vmin": 0, "vmax": max(1, len(places) - 1), "linewidth": 0}
+            last_layer = max(1, len(places) - 1)
+            dots = {"s": 9, "cmap": "viridis", "vmin": 0, "vmax": last_layer, "linewidth": 0}
+            rings = {"s": 12, "facecolor": "none", "edgecolor": "0.55", "linewidth": 0.6}
 
             for (product, symbol), left, right in zip(PRODUCTS.items(), line[:2], line[2:]):
                 own = run[run["product"] == product]
@@ -112,9 +112,7 @@ def nuclear_norm(path):
                 a, b = FACTORS[product]
 
                 gaussian = half * (1 - own["gap_gaussian"])
-                left.scatter(
-                    half, gaussian, s=12, facecolor="none", edgecolor="0.55", linewidth=0.6, label="Gaussian factors"
-                )
+                left.scatter(half, gaussian, label="Gaussian factors", **rings)
                 left.scatter(half, own["nuclear"], c=layer, label="heads", **dots)
                 identity(left, np.concatenate([half, own["nuclear"]]), "balanced")
                 left.set_title(f"{symbol}, {name}")
@@ -133,26 +131,27 @@ def nuclear_norm(path):
 
 
 def heatmap(path):
-    """Threshold rank of every head, layer x head, a row a run; both products on one scale. path: a heads.csv."""
+    """Threshold rank of every head, layer x head, a row a run; both products on one scale.
+
+    path: a heads.csv.
+    """
     table = last_rows(read_runs(path, HEAD_COLUMNS))
     rank = rank_column(path, table)
     runs = by_run(table, MOST_RUNS)
     heights = [min(4.5, 0.35 * run["place"].nunique() + 0.5) for _, run in runs]
 
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(
-            len(runs), 2, figsize=(7.2, sum(heights) + 0.9 * len(runs)), squeeze=False,
-            gridspec_kw={"height_ratios": heights},
-        )
+        size = (7.2, sum(heights) + 0.9 * len(runs))
+        ratios = {"height_ratios": heights}
+        fig, axes = plt.subplots(len(runs), 2, figsize=size, squeeze=False, gridspec_kw=ratios)
         for (name, run), line in zip(runs, axes):
             places = list(run["place"].unique())
-            heads = range(run["head"].max() + 1)
+            scale = {"cmap": "cividis", "vmin": 0, "vmax": run["d_head"].max()}
             for ax, (product, symbol) in zip(line, PRODUCTS.items()):
-                ranks = run[run["product"] == product].pivot(index="place", columns="head", values=rank)
-                ranks = ranks.reindex(index=places, columns=heads)
-                image = ax.imshow(
-                    ranks, cmap="cividis", vmin=0, vmax=run["d_head"].max(), aspect="auto", interpolation="none"
-                )
+                own = run[run["product"] == product]
+                ranks = own.pivot(index="place", columns="head", values=rank)
+                ranks = ranks.reindex(index=places, columns=range(run["head"].max() + 1))
+                image = ax.imshow(ranks, aspect="auto", interpolation="none", **scale)
                 ax.set_title(f"{symbol}, {name}")
                 ax.set_xlabel("head")
                 whole_numbers(ax.xaxis)
@@ -171,13 +170,15 @@ def spectra(path):
     runs = by_run(table, MOST_RUNS)
 
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(len(runs), 2, figsize=(7.6, 2.6 * len(runs) + 0.2), sharey=True, squeeze=False)
+        size = (7.6, 2.6 * len(runs) + 0.2)
+        fig, axes = plt.subplots(len(runs), 2, figsize=size, sharey=True, squeeze=False)
         for (name, run), panels in zip(runs, axes):
             places = list(run["place"].unique())
             colours = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(places)))
             for ax, (product, symbol) in zip(panels, PRODUCTS.items()):
                 for colour, place in zip(colours, places):
-                    own = run[(run["product"] == product) & (run["place"] == place) & (run["s1"] > 0)]
+                    own = run[(run["product"] == product) & (run["place"] == place)]
+                    own = own[own["s1"] > 0]
                     if own.empty:
                         continue
                     names = [f"s{i}" for i in range(1, own["d_head"].iloc[0] + 1)]
@@ -188,9 +189,8 @@ def spectra(path):
                 ax.set_xlabel("index $i$")
             panels[0].set_ylabel(r"$s_i / s_1$, median over heads")
 
-            scale = plt.cm.ScalarMappable(
-                matplotlib.colors.Normalize(-0.5, len(places) - 0.5), matplotlib.colors.ListedColormap(colours)
-            )
+            norm = matplotlib.colors.Normalize(-0.5, len(places) - 0.5)
+            scale = plt.cm.ScalarMappable(norm, matplotlib.colors.ListedColormap(colours))
             bar = fig.colorbar(scale, ax=panels, label="layer")
             label_layers(bar.ax.yaxis, places)
         low = min(ax.get_ylim()[0] for ax in axes.flat)
@@ -211,25 +211,27 @@ def norms(path):
     groups = ["all", "attn", "mlp", "embed"]
 
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(len(runs), 2, figsize=(7.6, 2.6 * len(runs) + 0.3), squeeze=False)
+        size = (7.6, 2.6 * len(runs) + 0.3)
+        fig, axes = plt.subplots(len(runs), 2, figsize=size, squeeze=False)
         for (name, run), (left, right) in zip(runs, axes):
             for group, colour, marker in zip(groups, COLOURS, MARKERS):
                 own = run[run["group"] == group]
-                look = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 0.8}
-                left.plot(own["step"], own["norm"], label=group, **look)
-                right.plot(own["step"], own["cos_prev"], **look)
+                line = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 0.8}
+                left.plot(own["step"], own["norm"], label=group, **line)
+                right.plot(own["step"], own["cos_prev"], **line)
 
                 own = own[own["step"] > 0]
                 if len(own) > 2:
                     a, b = np.polyfit(np.sqrt(own["step"]), own["norm"], 1)
                     t = np.linspace(0, own["step"].max(), 200)
                     label = r"$a\sqrt{t} + b$" if group == groups[-1] else None
-                    left.plot(t, a * np.sqrt(t) + b, color="0.4", linestyle="--", linewidth=0.7, label=label)
+                    left.plot(t, a * np.sqrt(t) + b, "--", color="0.4", linewidth=0.7, label=label)
 
             layers = run[~run["group"].isin(groups)]
             for i, (_, own) in enumerate(layers.groupby("group")):
                 label = "each layer" if i == 0 else None
-                right.plot(own["step"], own["cos_prev"], color="0.7", linewidth=0.5, zorder=0, label=label)
+                line = {"color": "0.7", "linewidth": 0.5, "zorder": 0}
+                right.plot(own["step"], own["cos_prev"], label=label, **line)
 
             left.set_title(f"norm of the parameters, {name}")
             left.set_ylim(bottom=0)
@@ -245,7 +247,10 @@ def norms(path):
 
 
 def analysis(folder, tables, chosen=()):
-    """Draws what analyze.py's out_dir allows. tables: the names of those it wrote. Returns the PNGs' paths."""
+    """Draws what analyze.py's out_dir allows. Returns the PNGs' paths.
+
+    tables: the names of the tables that it wrote. chosen: as in heads().
+    """
     heads_csv = os.path.join(folder, "heads.csv")
     drawn = [heads(heads_csv, chosen), nuclear_norm(heads_csv), heatmap(heads_csv)]
     drawn.append(spectra(os.path.join(folder, "spectra.csv")))

@@ -10,11 +10,10 @@ from nanorank.figures.style import (
     MOST_RUNS,
     STYLE,
     by_run,
-    colour_of,
     has_snapshots,
     last_rows,
     legend,
-    marker_of,
+    look,
     read_runs,
     whole_numbers,
     write,
@@ -39,21 +38,21 @@ def saturation(path):
         fig, axes = plt.subplots(1, panels, figsize=(3.7 * panels - 0.2, 3.1), squeeze=False)
         left, *over = axes[0]
         for i, (name, run) in enumerate(runs):
-            look = {"color": colour_of(i), "marker": marker_of(i)}
             last = last_rows(run)
             for init, line, fill in (("trained", "-", "full"), ("random", "--", "none")):
                 own = last[last["init"] == init]
-                left.plot(
-                    own["place"].map(layers.index), own["cosine"], line, markersize=4, fillstyle=fill,
-                    label=None if own.empty else f"{name}, {init}", **look,
-                )
-            if over:
-                steps = run[run["init"] == "trained"].groupby("step", sort=False)
-                blocks = run[(run["init"] == "trained") & (run["place"] != "output")]
-                mean = blocks.groupby("step", sort=False)["cosine"].mean()
-                norm = steps["param_norm"].first()
-                over[0].plot(mean.index, mean, markersize=3, **look)
-                over[1].plot(norm.index, norm, markersize=3, **look)
+                if own.empty:
+                    continue
+                x = own["place"].map(layers.index)
+                label = f"{name}, {init}"
+                left.plot(x, own["cosine"], line, markersize=4, fillstyle=fill, label=label, **look(i))
+            if trained:
+                own = run[run["init"] == "trained"]
+                blocks = own[own["place"] != "output"]
+                cosine = blocks.groupby("step", sort=False)["cosine"].mean()
+                norm = own.groupby("step", sort=False)["param_norm"].first()
+                over[0].plot(cosine.index, cosine, markersize=3, **look(i))
+                over[1].plot(norm.index, norm, markersize=3, **look(i))
 
         some = [*range(0, len(layers) - 1, 1 + (len(layers) - 2) // 10), len(layers) - 1]
         left.set_xticks(some, [layers[i] for i in some])
@@ -62,8 +61,9 @@ def saturation(path):
             xlabel="layer, then what the head reads",
             ylim=(min(0, left.get_ylim()[0]), 1),
         )
-        if over:
-            over[0].set(title="cosine, mean over blocks", xlabel="step", ylim=(min(0, over[0].get_ylim()[0]), 1))
+        if trained:
+            low = min(0, over[0].get_ylim()[0])
+            over[0].set(title="cosine, mean over blocks", xlabel="step", ylim=(low, 1))
             over[1].set(title="norm of the parameters", xlabel="step", ylim=(0, None))
         legend(fig, left, 2 * len(runs))
         return write(fig, os.path.dirname(path), "saturation")
@@ -81,25 +81,28 @@ def heads_saturated(path):
         fig, axes = plt.subplots(len(runs), 3, figsize=(10, 2.5 * len(runs) + 0.4), squeeze=False)
         for (name, run), (a, b, c) in zip(runs, axes):
             kinds = [run[run["kind"] == kind] for kind in KINDS]
-            look = {"stacked": True, "color": list(KINDS.values()), "label": list(KINDS)}
+            bars = {"stacked": True, "color": list(KINDS.values()), "label": list(KINDS)}
 
             available = max(2.0, run["available"].max())
             edges = np.geomspace(0.94, 1.06 * available, 24)
-            a.hist([own["positions"] for own in kinds], edges, **look)
+            a.hist([own["positions"] for own in kinds], edges, **bars)
             a.axvline(available, color="black", linestyle=":", linewidth=0.8)
             a.set(
-                title=f"positions attended, {name}", xlabel="positions, mean over queries; dotted: all",
-                ylabel="heads", xscale="log",
+                title=f"positions attended, {name}",
+                xlabel="positions, mean over queries; dotted: all",
+                ylabel="heads",
+                xscale="log",
             )
 
             edges = np.linspace(0, 1.02 * max(1.0, run["distance"].max()), 24)
-            b.hist([own["distance"] for own in kinds], edges, **look)
+            b.hist([own["distance"] for own in kinds], edges, **bars)
             b.set(
-                title="distance of what is attended", xlabel="tokens (of images patches), mean over queries",
+                title="distance of what is attended",
+                xlabel="tokens (of images patches), mean over queries",
                 ylabel="heads",
             )
 
-            counts = run.pivot_table(index="layer", columns="kind", values="head", aggfunc="count", fill_value=0)
+            counts = run.pivot_table("head", "layer", "kind", aggfunc="count", fill_value=0)
             counts = counts.reindex(columns=list(KINDS), fill_value=0)
             floor = 0
             for kind, colour in KINDS.items():
@@ -112,31 +115,32 @@ def heads_saturated(path):
 
 
 def scaling(path):
-    """The model under all parameters x c: its output against the saturated and the unscaled one, and the norm.
+    """The output under all parameters x c, against the saturated and against the unscaled output.
 
     The right panel has the norm of the last block's state with the exponent k of its fit c^k.
     path: a scaling.csv. Returns the PNG's path.
     """
-    columns = (
-        "checkpoint", "init", "norm", "bias", "layer", "c", "cosine_saturated", "cosine", "norm_ratio", "k",
-    )
-    table = read_runs(path, columns)
+    shape = ("checkpoint", "init", "norm", "bias", "layer", "c")
+    table = read_runs(path, (*shape, "cosine_saturated", "cosine", "norm_ratio", "k"))
     table["label"] = [scaling_label(row) for _, row in table.iterrows()]
 
     with plt.rc_context(STYLE):
         fig, (a, b, d) = plt.subplots(1, 3, figsize=(10.5, 3.7))
         for i, (label, own) in enumerate(table.groupby("label", sort=False)):
-            look = {"color": colour_of(i), "marker": marker_of(i), "markersize": 3.5, "linewidth": 1}
+            line = {**look(i), "markersize": 3.5, "linewidth": 1}
             output = own[own["place"] == "output"]
             blocks = own[own["place"] != "output"]
             block = blocks[blocks["place"] == blocks["place"].iloc[-1]]
 
-            a.plot(output["c"], output["cosine_saturated"], label=label, **look)
-            b.plot(output["c"], output["cosine"], **look)
-            d.loglog(block["c"], block["norm_ratio"], label=f"$k$ = {block['k'].iloc[0]:.2f}", **look)
+            exponent = f"$k$ = {block['k'].iloc[0]:.2f}"
+            a.plot(output["c"], output["cosine_saturated"], label=label, **line)
+            b.plot(output["c"], output["cosine"], **line)
+            d.loglog(block["c"], block["norm_ratio"], label=exponent, **line)
 
-        a.set(title=r"output $f(c\theta)$: cosine to the saturated one", ylim=(min(0, a.get_ylim()[0]), 1.02))
-        b.set(title=r"output $f(c\theta)$: cosine to $f(\theta)$", ylim=(min(0, b.get_ylim()[0]), 1.02))
+        a.set_title(r"output $f(c\theta)$: cosine to the saturated one")
+        b.set_title(r"output $f(c\theta)$: cosine to $f(\theta)$")
+        for ax in (a, b):
+            ax.set_ylim(min(0, ax.get_ylim()[0]), 1.02)
         d.set(title=r"last block: $\|f(c\theta)\|\, /\, \|f(\theta)\|$, fitted $c^k$")
         d.xaxis.set_major_formatter("{x:g}")
         d.xaxis.set_minor_formatter("")
@@ -148,7 +152,10 @@ def scaling(path):
 
 
 def scaling_label(row):
-    """`demo-4 trained pre-norm, biases`: the run where its weights matter, how they were made, the architecture."""
+    """The run where its weights matter, how they were made, and the architecture.
+
+    `demo-4 trained pre-norm, biases`, `untrained post-norm`.
+    """
     label = row["init"]
     if row["init"] != "untrained":
         label = f"{row['run']} {label}"

@@ -36,8 +36,9 @@ def colour_of(i):
     return COLOURS[i % len(COLOURS)]
 
 
-def marker_of(i):
-    return MARKERS[i % len(MARKERS)]
+def look(i):
+    """Colour and marker of the i-th run."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
 def read_runs(path, columns):

@@ -22,7 +22,7 @@ from nanorank.figures.style import (
     colour_of,
     last_rows,
     legend,
-    marker_of,
+    look,
     rank_column,
     read_runs,
     write,
@@ -69,9 +69,10 @@ def rest_of(names, given, always=()):
 
 
 def rank_points(path):
-    """Ranks at the end of training: (table with columns wd, rest, layer, place, product, rank; legend; d_head).
+    """Ranks at the end of training: (table, what a row of it is, width of the heads).
 
-    From a heads.csv a row is a head; from a sweep.csv it is a layer of a run, the mean over its heads.
+    The columns are wd, rest, layer, place, product, rank. From a heads.csv a row is a head; from a
+    sweep.csv it is a layer of a run, the mean over its heads.
     """
     table = read_csv(path)
     if "cell" not in table:
@@ -117,9 +118,8 @@ def rank_by_layer(path, chosen=()):
     groups = list(points["rest"].unique())
 
     with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(
-            2, len(places), figsize=(max(4, 0.8 + 2.3 * len(places)), 5.2), sharex=True, sharey=True, squeeze=False
-        )
+        size = (max(4, 0.8 + 2.3 * len(places)), 5.2)
+        fig, axes = plt.subplots(2, len(places), figsize=size, sharex=True, sharey=True, squeeze=False)
         for line, (product, symbol) in zip(axes, PRODUCTS.items()):
             for ax, place in zip(line, places):
                 here = points[(points["product"] == product) & (points["place"] == place)]
@@ -128,9 +128,7 @@ def rank_by_layer(path, chosen=()):
                     beside = 0.6 * ((i + 0.5) / len(groups) - 0.5)  # groups stand side by side
                     x = own["wd"].map(wds.index) + beside
                     mean = own.groupby(x)["rank"].mean()
-                    ax.scatter(
-                        x, own["rank"], s=14, color=colour_of(i), marker=marker_of(i), alpha=0.6, linewidth=0
-                    )
+                    ax.scatter(x, own["rank"], s=14, alpha=0.6, linewidth=0, **look(i))
                     ax.plot(mean.index, mean, linewidth=1, color=colour_of(i), label=group)
                 ax.set_title(f"{symbol}, layer {place}")
 
@@ -161,15 +159,16 @@ def mean_rank(path):
                 own = points[(points["product"] == product) & (points["rest"] == group)]
                 ranks = own.groupby(own["wd"].map(wds.index))["rank"]
                 mean = ranks.mean()
-                ax.plot(mean.index, mean, color=colour_of(i), marker=marker_of(i), markersize=4, label=group)
-                ax.fill_between(
-                    mean.index, ranks.quantile(0.25), ranks.quantile(0.75), color=colour_of(i), alpha=0.15, linewidth=0
-                )
+                low = ranks.quantile(0.25)
+                high = ranks.quantile(0.75)
+                ax.plot(mean.index, mean, markersize=4, label=group, **look(i))
+                ax.fill_between(mean.index, low, high, color=colour_of(i), alpha=0.15, linewidth=0)
             ax.set_title(symbol)
         label_wds(axes, wds)
         axes[0].set_ylabel(f"rank95 (heads of width {d_head})")
         axes[0].set_ylim(0, 1.03 * d_head)
-        fig.supxlabel(f"lines: mean over heads and layers; bands: the middle half, of every {dot}", fontsize=8)
+        note = f"lines: mean over heads and layers; bands: the middle half, of every {dot}"
+        fig.supxlabel(note, fontsize=8)
         if any(groups):
             legend(fig, axes[0], len(groups))
         return write(fig, os.path.dirname(path), "mean_rank")
@@ -304,17 +303,18 @@ def over_training(folder):
         panels["val_ppl"] = "validation perplexity"
 
     with plt.rc_context(WIDE_STYLE):
-        fig, axes = plt.subplots(
-            len(groups), 3, figsize=(10.5, 2.7 * len(groups) + 0.4), sharex=True, squeeze=False
-        )
+        size = (10.5, 2.7 * len(groups) + 0.4)
+        fig, axes = plt.subplots(len(groups), 3, figsize=size, sharex=True, squeeze=False)
         for line, group in zip(axes, groups):
             for ax, (name, label) in zip(line, panels.items()):
                 for i, wd in enumerate(wds):
                     own = curves[(curves["rest"] == group) & (curves["wd"] == wd)]
-                    steps = own.dropna(subset=name).groupby("step")[name].agg(["mean", "min", "max"])
+                    steps = own.dropna(subset=name).groupby("step")[name]
+                    mean = steps.mean()
                     colour = plt.get_cmap("viridis")(0.9 * i / max(1, len(wds) - 1))
-                    ax.plot(steps.index, steps["mean"], color=colour, linewidth=1.2, label=f"{wd:g}")
-                    ax.fill_between(steps.index, steps["min"], steps["max"], color=colour, alpha=0.2, linewidth=0)
+                    band = {"color": colour, "alpha": 0.2, "linewidth": 0}
+                    ax.plot(mean.index, mean, color=colour, linewidth=1.2, label=f"{wd:g}")
+                    ax.fill_between(mean.index, steps.min(), steps.max(), **band)
                 if group:
                     label += f",\n{group}" if len(group) > 16 else f", {group}"
                 ax.set_title(label)
@@ -322,9 +322,10 @@ def over_training(folder):
                 ax.set_ylim(0, 1.04 * ax.get_ylim()[1])
             if not accuracy:
                 line[2].set_yscale("log")
-                line[2].yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-                line[2].yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-                line[2].yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+                axis = line[2].yaxis
+                axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+                axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+                axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         for ax in axes[-1]:
             ax.set_xlabel("step")
         lines, labels = axes[0, 0].get_legend_handles_labels()
@@ -333,7 +334,7 @@ def over_training(folder):
 
 
 def read_curves(folder):
-    """Ranks and validation over training, a row a run (`cell`) and step, from curves.csv or log.jsonl files."""
+    """Ranks and validation over training, from curves.csv or log.jsonl files; a run is a `cell`."""
     columns = ["cell", "step", "attn_rank95_qk", "attn_rank95_ov", "val_loss"]
     path = os.path.join(folder, "curves.csv")
     if os.path.exists(path):
@@ -353,10 +354,10 @@ def read_curves(folder):
 
 
 def sweep(folder):
-    """Draws what the grid of scripts/sweep.py's out_dir allows. Returns the PNGs' paths, none if no run is done.
+    """Draws what scripts/sweep.py's out_dir allows. Returns the PNGs' paths, none if no run is done.
 
-    wd_grid where attn_wd and mlp_wd vary apart. norm_growth where the learning rate and attn_wd vary, else
-    rank_by_layer, mean_rank and over_training where attn_wd does.
+    wd_grid where attn_wd and mlp_wd vary apart. norm_growth where the learning rate and attn_wd vary,
+    else rank_by_layer, mean_rank and over_training where attn_wd does.
     """
     path = os.path.join(folder, "sweep.csv")
     table = read_csv(path, ("cell", "status"))
@@ -366,10 +367,8 @@ def sweep(folder):
     varies = {name for name in runs if runs[name].nunique(dropna=False) > 1}
     drawn = []
     if {"attn_wd", "mlp_wd"} <= varies:
-        apart = len(runs[["attn_wd", "mlp_wd"]].drop_duplicates()) > max(
-            runs["attn_wd"].nunique(), runs["mlp_wd"].nunique()
-        )
-        if apart:
+        n_pairs = len(runs[["attn_wd", "mlp_wd"]].drop_duplicates())
+        if n_pairs > max(runs["attn_wd"].nunique(), runs["mlp_wd"].nunique()):
             drawn.append(wd_grid(path))
     if {"learning_rate", "attn_wd"} <= varies:
         drawn.append(norm_growth(path))

@@ -11,10 +11,8 @@ import numpy as np
 import pandas as pd
 
 from nanorank.errors import UserError
-from nanorank.figures.style import COLOURS, MARKERS, PRODUCTS, WIDE_STYLE, colour_of, write
+from nanorank.figures.style import COLOURS, MARKERS, PRODUCTS, WIDE_STYLE, look, write
 from nanorank.tables import read_csv
-
-RUN_COLUMNS = ("optimizer", "depth", "grad_noise", "lam")
 
 
 def factorised_models(folder):
@@ -23,14 +21,12 @@ def factorised_models(folder):
     folder: one with scripts/theory.py's curves.csv, spectra.csv and predictions.csv. Predictions are
     dashed; the problem is recovery where nothing else is said. Returns the PNG's path.
     """
-    curves = read_csv(
-        os.path.join(folder, "curves.csv"),
-        ("problem", *RUN_COLUMNS, "seed", "t", "sum_sq", "two_nuclear", "discrepancy"),
-    )
-    spectra = read_csv(
-        os.path.join(folder, "spectra.csv"), ("problem", *RUN_COLUMNS, "seed", "step", "i", "s", "s_target")
-    )
-    predictions = read_csv(os.path.join(folder, "predictions.csv"), (*RUN_COLUMNS, "i", "s"))
+    def read(name, *columns):
+        return read_csv(os.path.join(folder, name), ("optimizer", "depth", "grad_noise", "lam", *columns))
+
+    curves = read("curves.csv", "problem", "seed", "t", "sum_sq", "two_nuclear", "discrepancy")
+    spectra = read("spectra.csv", "problem", "seed", "step", "i", "s", "s_target")
+    predictions = read("predictions.csv", "i", "s")
     flow = curves.query("seed == 0 and optimizer == 'flow' and depth == 2")
     recovery = spectra.query("seed == 0 and problem == 'recovery'")
     if flow.empty or recovery.empty:
@@ -58,7 +54,8 @@ def factorised_models(folder):
         }
         for colour, (label, (marker, runs)) in zip(COLOURS, adams.items()):
             spectrum_over_lam(f, recovery, predictions, runs, marker, colour, label)
-        f.set(title="(f) the Adams, dashed: predictions", ylim=(-0.1, 1.45 * recovery["s_target"].max()))
+        most = 1.45 * recovery["s_target"].max()
+        f.set(title="(f) the Adams, dashed: predictions", ylim=(-0.1, most))
         f.legend(loc="upper right")
         return write(fig, folder, "factorised_models")
 
@@ -85,11 +82,10 @@ def discrepancy_over_time(ax, flow, lams):
         for marker, (problem, own) in zip(MARKERS, problems):
             label = problem if lam == lams[-1] else None
             left = own["discrepancy"] / own["discrepancy"].iloc[0]
-            ax.plot(own["t"], left, marker, color=colour, markersize=4, fillstyle="none", label=label)
-    ax.set(
-        title=r"(b) $|A^\top A - B^\top B|_F$, start = 1; dashed: $e^{-2\lambda t}$",
-        xlabel="t, colours as in (a)", yscale="log", xlim=(0, 25), ylim=(1e-7, 300),
-    )
+            rings = {"color": colour, "markersize": 4, "fillstyle": "none"}
+            ax.plot(own["t"], left, marker, label=label, **rings)
+    ax.set_title(r"(b) $|A^\top A - B^\top B|_F$, start = 1; dashed: $e^{-2\lambda t}$")
+    ax.set(xlabel="t, colours as in (a)", yscale="log", xlim=(0, 25), ylim=(1e-7, 300))
     ax.legend(loc="upper right")
 
 
@@ -103,15 +99,13 @@ def spectrum_over_lam(ax, recovery, predictions, runs, marker, colour=None, labe
     predicted = predictions.query(runs)
     targets = recovery.groupby("i")["s_target"].max()
     for i in targets.index[targets > 1e-9]:
-        look = {"color": colour or COLOURS[i]}
         line = predicted.query("i == @i")
         points = last.query("i == @i")
         if line.empty:
             continue
-        ax.plot(line["lam"], line["s"], "--", linewidth=1, **look)
-        ax.plot(
-            points["lam"], points["s"], marker, markersize=5, fillstyle="none", label=None if i else label, **look
-        )
+        rings = {"color": colour or COLOURS[i], "markersize": 5, "fillstyle": "none"}
+        ax.plot(line["lam"], line["s"], "--", color=rings["color"], linewidth=1)
+        ax.plot(points["lam"], points["s"], marker, label=label if i == 0 else None, **rings)
     ax.set_xlabel(r"$\lambda$")
     ax.set_ylabel("singular values at the end")
 
@@ -123,10 +117,8 @@ def spectrum_over_time(ax, flow, recovery, lam):
     for i, s in enumerate(targets[targets > 1e-9]):
         ax.plot(times, flow_spectra.query("i == @i")["s"], color=COLOURS[i])
         ax.axhline(max(s - lam, 0), color=COLOURS[i], linestyle="--", linewidth=1)
-    ax.set(
-        title=rf"(d) $\lambda$ = {lam:g}, dashed: $\max(s_i(M) - \lambda, 0)$",
-        xlabel="t", ylabel="singular values", xscale="log", xlim=(0.1, None),
-    )
+    ax.set_title(rf"(d) $\lambda$ = {lam:g}, dashed: $\max(s_i(M) - \lambda, 0)$")
+    ax.set(xlabel="t", ylabel="singular values", xscale="log", xlim=(0.1, None))
 
 
 def recall(folder):
@@ -136,29 +128,25 @@ def recall(folder):
     Returns the PNG's path.
     """
     runs = recall_runs(folder)
-    wds = [result["attn_wd"] for result, _ in runs]
 
     with plt.rc_context(WIDE_STYLE):
         fig, (a, b, c) = plt.subplots(1, 3, figsize=(10.5, 3.4))
         for i, (product, symbol) in enumerate(PRODUCTS.items()):
             ranks = [log[f"attn_rank95_{product}"].iloc[-1] for _, log in runs]
-            a.plot(range(len(runs)), ranks, "-" + MARKERS[i], color=colour_of(i), label=f"rank95 of {symbol}")
-        accuracies = [100 * result["test_acc"] for result, _ in runs]
-        a.set_xticks(range(len(runs)), [f"{wd:g}\n{accuracy:.0f}" for wd, accuracy in zip(wds, accuracies)])
-        a.set(
-            title="(a) rank at the end, mean over layers", xlabel="weight decay; test accuracy in %", ylim=(0, None)
-        )
+            a.plot(range(len(runs)), ranks, label=f"rank95 of {symbol}", **look(i))
+        labels = [f"{result['attn_wd']:g}\n{100 * result['test_acc']:.0f}" for result, _ in runs]
+        a.set_xticks(range(len(runs)), labels)
+        a.set_title("(a) rank at the end, mean over layers")
+        a.set(xlabel="weight decay; test accuracy in %", ylim=(0, None))
         a.legend()
 
-        for i, (wd, (_, log)) in enumerate(zip(wds, runs)):
+        for i, (result, log) in enumerate(runs):
             colour = plt.cm.viridis(0.9 * i / max(1, len(runs) - 1))
-            b.plot(log["step"], log["attn_imbalance_ov"], color=colour, label=f"{wd:g}")
+            b.plot(log["step"], log["attn_imbalance_ov"], color=colour, label=f"{result['attn_wd']:g}")
             c.plot(log["step"], log["attn_half_sq_norm_ov"], color=colour)
             c.plot(log["step"], log["attn_nuclear_ov"], ":", color=colour)
-        b.set(
-            title=r"(b) $|P^\top P - W_V W_V^\top|$ / $(|P^\top P| + |W_V W_V^\top|)$",
-            xlabel="step", ylim=(0, None),
-        )
+        b.set_title(r"(b) $|P^\top P - W_V W_V^\top|$ / $(|P^\top P| + |W_V W_V^\top|)$")
+        b.set(xlabel="step", ylim=(0, None))
         b.legend(title="weight decay", ncols=2)
         c.plot([], [], "k-", label=r"$(|P|^2 + |W_V|^2)/2$")
         c.plot([], [], "k:", label=r"$|P\,W_V|_*$")
@@ -189,9 +177,10 @@ def two_parameters(folder):
 
     folder: one with scripts/theory.py's scalars.csv. Returns the PNG's path.
     """
-    columns = ("form", "optimizer", "grad_noise", "lam", "w1", "w2", "loss", "w1_expected", "w2_expected")
-    table = read_csv(os.path.join(folder, "scalars.csv"), columns)
-    forms = {"free": r"$w$ free", "factorised": r"$w = a\,b$"}
+    path = os.path.join(folder, "scalars.csv")
+    run = ("form", "optimizer", "grad_noise", "lam")
+    table = read_csv(path, (*run, "w1", "w2", "loss", "w1_expected", "w2_expected"))
+    forms = {r"$w$ free": "form == 'free'", r"$w = a\,b$": "form == 'factorised'"}
     optimizers = {
         "Adam with L2": "optimizer == 'adam_l2' and grad_noise == 0",
         "AdamW, exact gradient": "optimizer == 'adamw' and grad_noise == 0",
@@ -208,20 +197,20 @@ def two_parameters(folder):
 
     with plt.rc_context(WIDE_STYLE):
         fig, axes = plt.subplots(2, 3, figsize=(10.5, 7), sharex=True, sharey=True)
-        for line, (form, symbol) in zip(axes, forms.items()):
-            for ax, (title, runs) in zip(line, optimizers.items()):
-                ax.contour(x, y, loss, levels=np.geomspace(0.002, 1, 9), colors="0.8", linewidths=0.7)
+        levels = np.geomspace(0.002, 1, 9)
+        for line, (symbol, form) in zip(axes, forms.items()):
+            for ax, (title, optimizer) in zip(line, optimizers.items()):
+                ax.contour(x, y, loss, levels=levels, colors="0.8", linewidths=0.7)
                 ax.axhline(0, color="0.5", linewidth=0.5)
                 ax.axvline(0, color="0.5", linewidth=0.5)
-                here = table.query(f"form == @form and {runs}")
-                for colour, (lam, path) in zip(COLOURS, here.groupby("lam")):
-                    end = path.iloc[-1]
-                    ax.plot(path["w1"], path["w2"], color=colour, linewidth=1, label=rf"$\lambda$ = {lam:g}")
+                runs = table.query(f"{form} and {optimizer}").groupby("lam")
+                for colour, (lam, own) in zip(COLOURS, runs):
+                    label = rf"$\lambda$ = {lam:g}"
+                    end = own.iloc[-1]
+                    ring = {"color": "black", "markersize": 9, "fillstyle": "none", "zorder": 5}
+                    ax.plot(own["w1"], own["w2"], color=colour, linewidth=1, label=label)
                     ax.plot(end["w1"], end["w2"], "o", color=colour, markersize=4)
-                    ax.plot(
-                        end["w1_expected"], end["w2_expected"], "o",
-                        color="black", markersize=9, fillstyle="none", zorder=5,
-                    )
+                    ax.plot(end["w1_expected"], end["w2_expected"], "o", **ring)
                 ax.set_title(f"{title}, {symbol}")
         for ax in axes[1]:
             ax.set_xlabel("$w_1$")
