@@ -1,8 +1,8 @@
 """
 The tables of a grid of runs: a row a run, curves over training, means over seeds, paired differences.
 
-scripts/sweep.py calls collect() and report() with its cells; a cell has a name, a folder, the settings that
-vary (values) and all settings.
+scripts/sweep.py calls collect() and report() with its cells. A cell has a name, a folder, the settings
+that vary (`values`) and all `settings`.
 """
 import json
 import math
@@ -112,15 +112,24 @@ def tabulate(cells, summary, rows, columns, metric):
     row, column: the values of the settings named `rows` and `columns`. title: what else varies, as text.
     value: the metric, nan where it was not finite or the run is not done.
     """
-    keys = {"row": rows, "column": columns, "seed": "seed"}
-    table = pd.DataFrame({key: [cell.settings[name] for cell in cells] for key, name in keys.items()}, dtype=object)
-    others = pd.DataFrame([cell.values for cell in cells]).drop(columns=list(keys.values()), errors="ignore")
-    rest = undetermined(table.join(others), list(keys))
-    table["title"] = [", ".join(f"{name}={as_text(cell.values[name])}" for name in rest) for cell in cells]
-    table["done"] = [row["status"] == "done" for row in summary]
-    table["value"] = [row.get(metric) if row["status"] == "done" else None for row in summary]
-    table["value"] = table["value"].astype(float)
-    return table
+    settings = pd.DataFrame([cell.settings for cell in cells], dtype=object)
+    shown = list(dict.fromkeys([rows, columns, "seed"]))
+    varied = [name for name in cells[0].values if name not in shown]
+    rest = undetermined(settings[[*shown, *varied]], shown)
+
+    lines = []
+    for cell, row in zip(cells, summary):
+        done = row["status"] == "done"
+        value = row.get(metric) if done else None
+        lines.append({
+            "title": ", ".join(f"{name}={as_text(cell.values[name])}" for name in rest),
+            "row": cell.settings[rows],
+            "column": cell.settings[columns],
+            "seed": cell.settings["seed"],
+            "done": done,
+            "value": math.nan if value is None else float(value),
+        })
+    return pd.DataFrame(lines)
 
 
 def cell_text(seeds):
@@ -163,7 +172,8 @@ def paired(table, rows, columns, metric):
     """
     out = []
     for title, group in table.groupby("title", sort=False):
-        cells = {at: seeds.set_index("seed") for at, seeds in group.groupby(["row", "column"], sort=False)}
+        by_cell = group.groupby(["row", "column"], sort=False)
+        cells = {at: seeds.set_index("seed") for at, seeds in by_cell}
         for (row, column), seeds in cells.items():
             if row == column or (column, column) not in cells:
                 continue
@@ -171,9 +181,17 @@ def paired(table, rows, columns, metric):
             pairs = pairs[pairs["done"] & pairs["done_coupled"].eq(True)]
             mean, sd, low, high = interval(pairs["value"] - pairs["value_coupled"])
             out.append({
-                "table": title, "metric": metric, columns: column, rows: row,
-                "against": f"{rows}={as_text(column)}", "difference": mean, "sd": sd, "low": low, "high": high,
-                "seeds": len(pairs), "seeds_in_grid": len(seeds),
+                "table": title,
+                "metric": metric,
+                columns: column,
+                rows: row,
+                "against": f"{rows}={as_text(column)}",
+                "difference": mean,
+                "sd": sd,
+                "low": low,
+                "high": high,
+                "seeds": len(pairs),
+                "seeds_in_grid": len(seeds),
             })
     return out
 
@@ -203,8 +221,8 @@ def paired_markdown(differences, rows, columns):
 def report(cells, summary, out_dir, rows, columns, metric=""):
     """Writes table.md and paired.csv into out_dir and prints the former.
 
-    rows, columns: the settings that have a row and a column a value. metric: a column of sweep.csv; empty:
-    test_acc where there is one, else test_ppl. Raises UserError where the metric is no column.
+    rows, columns: the settings that have a row and a column a value. metric: a column of sweep.csv;
+    empty: test_acc where there is one, else test_ppl. Raises UserError where the metric is no column.
     """
     names = {name for row in summary for name in row}
     is_done = [row["status"] == "done" for row in summary]
@@ -228,8 +246,9 @@ def report(cells, summary, out_dir, rows, columns, metric=""):
             parts.append(f"{title}:")
         parts.append(markdown(group, corner, best))
     n_seeds = table["seed"].nunique()
+    seeds = "1 seed" if n_seeds == 1 else f"{n_seeds} seeds"
     parts.append(
-        f"{metric}, mean ± sample standard deviation over {n_seeds} seed{'s' if n_seeds > 1 else ''}{word}; "
+        f"{metric}, mean ± sample standard deviation over {seeds}{word}; "
         f"{sum(is_done)} of {len(cells)} runs done."
     )
 

@@ -1,22 +1,23 @@
 """
 Runs a trainer over a grid of settings, a folder a run, and tabulates what came out.
 
-    python -m scripts.sweep config/sweep/wd_grid.py --jobs=2                # run what is not finished, tabulate
-    python -m scripts.sweep config/sweep/wd_grid.py --gpus=0,1,2,3          # one run a GPU; --nproc=4: four GPUs a run
+    python -m scripts.sweep config/sweep/wd_grid.py --jobs=2         # run what is not finished, tabulate
+    python -m scripts.sweep config/sweep/wd_grid.py --gpus=0,1,2,3   # one run a GPU, --nproc=4: four a run
     python -m scripts.sweep --configs=config/demo.py --grid="attn_wd=0,1,4; seed=1,2"
-    python -m scripts.sweep config/sweep/wd_grid.py --collect_only          # tables of what is there by now
+    python -m scripts.sweep config/sweep/wd_grid.py --collect_only   # tables of what is there by now
     python -m scripts.sweep config/sweep/wd_grid.py --dry_run | parallel --jobs 2
     python -m scripts.sweep config/sweep/wd_grid.py --dry_run | sed -n "${SLURM_ARRAY_TASK_ID}p" | bash
 
-A grid is `setting=value,value; setting=value,...`; every combination is a cell. Settings joined by + vary
-together, with one value for all or one each: `attn_wd+mlp_wd=0,1`, `learning_rate+min_lr=1e-3:1e-4,3e-3:3e-4`.
-Runs of one seed share initialisation and data order, so differences between cells are paired over seeds.
+A grid is `setting=value,value; setting=value,...`; every combination is a cell. Settings joined by +
+vary together, with one value for all or one each: `attn_wd+mlp_wd=0,1` or
+`learning_rate+min_lr=1e-3:1e-4,3e-3:3e-4`. Runs of one seed share initialisation and data order, so
+differences between cells are paired over seeds.
 
-A finished run is skipped and a broken one is resumed. A run that fails does not stop the others; it is named
-at the end (exit 1). On Ctrl-C or SIGTERM the trainers save, and the same command goes on.
+A finished run is skipped and a broken one is resumed. A run that fails does not stop the others; it is
+named at the end (exit 1). On Ctrl-C or SIGTERM the trainers save, and the same command goes on.
 
-Writes OUT_DIR/CELL/ (the trainer's files and output.log), sweep.csv (a row a run: settings, results, last
-ranks), curves.csv (ranks, norms and validation over training), table.md, paired.csv and figures.
+Writes OUT_DIR/CELL/ (the trainer's files and output.log), sweep.csv (a row a run: settings, results,
+last ranks), curves.csv (ranks, norms and validation over training), table.md, paired.csv and figures.
 """
 import fcntl
 import itertools
@@ -57,8 +58,8 @@ metric = ""                     # a column of sweep.csv; empty: test_acc where t
 
 # settings that describe the model: result.json has the model's own
 SHAPE = (
-    "vocab_size", "block_size", "patch_size", "n_layer", "n_head", "n_embd", "mlp", "post_norm", "bias", "tied",
-    "pool", "positions", "image_size",
+    "vocab_size", "block_size", "patch_size", "image_size", "n_layer", "n_head", "n_embd",
+    "mlp", "post_norm", "bias", "tied", "pool", "positions",
 )
 SET_BY_SWEEP = ("out_dir", "init_from", "overwrite", "eval_only")
 RESULT = "result.json"
@@ -198,7 +199,10 @@ def command(cell, path, python=("python",), torchrun=("torchrun",)):
 
 
 def finished(cell):
-    """result.json of a finished cell, else None. Raises UserError where it was made with other settings."""
+    """result.json of a finished cell, else None.
+
+    Raises UserError where it was made with other settings.
+    """
     path = cell.path(RESULT)
     try:
         with open(path, encoding="utf-8") as file:
@@ -218,16 +222,18 @@ def finished(cell):
             continue
         differ.append(f"{name} was {result.get(name)}, is {value}")
     if differ:
-        raise UserError(
-            f"{path} is of another run: {'; '.join(differ)}; --out_dir goes elsewhere, or delete that folder"
-        )
+        advice = "--out_dir goes elsewhere, or delete that folder"
+        raise UserError(f"{path} is of another run: {'; '.join(differ)}; {advice}")
     return result
 
 
 # ------------------------------------------------------------------------------- runs
 
 def run(cells, path, stop):
-    """Trains these cells until all have ended or a signal stops them; returns {cell's name: why it failed}."""
+    """Trains these cells until all have ended or a signal stops them.
+
+    Returns {cell's name: why it failed}.
+    """
     groups = gpu_groups()
     at_once = jobs or max(1, len(groups))
     n_threads = threads or max(1, n_cores() // (at_once * nproc))
@@ -277,7 +283,8 @@ def run(cells, path, stop):
 
             n_done = len(cells) - len(waiting) - len(running)
             status = "FAILED" if why else "done"
-            line = f"[{n_done}/{len(cells)}] {cell.name} {status} in {time_left(seconds)}; {len(running)} running"
+            line = f"[{n_done}/{len(cells)}] {cell.name} {status} in {time_left(seconds)}"
+            line += f"; {len(running)} running"
             if took:
                 spent = sum(time.monotonic() - started for _, _, started in running.values())
                 left = statistics.mean(took) * (len(waiting) + len(running)) - spent
@@ -287,12 +294,15 @@ def run(cells, path, stop):
 
 
 def start(cell, path, env):
-    """Starts the trainer of a cell. Raises BlockingIOError where another sweep has one at work in its folder."""
+    """Starts the trainer of a cell.
+
+    Raises BlockingIOError where another sweep has one at work in its folder.
+    """
     os.makedirs(cell.folder, exist_ok=True)
     line = command(cell, path, [sys.executable], [sys.executable, "-m", "torch.distributed.run"])
     with open(cell.path(LOG), "ab") as log:
-        # The trainer inherits this lock with the open file and holds it as long as it lives, even when the
-        # sweep dies. filelock cannot do that: its file is closed in the processes that we start.
+        # The trainer inherits this lock with the open file and holds it as long as it lives, even when
+        # the sweep dies. filelock cannot do that: its file is closed in the processes that we start.
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # a session of its own: a terminal's Ctrl-C reaches the trainer through us alone, once
         return subprocess.Popen(
@@ -373,7 +383,9 @@ def main():
         write_csv(os.path.join(out_dir, "curves.csv"), curves)
     if stop.signal:
         n_done = sum(result is not None for result in results.values())
-        print(f"stopped by signal {stop.signal}, {n_done} of {len(cells)} runs done: the same command goes on")
+        print(
+            f"stopped by signal {stop.signal}, {n_done} of {len(cells)} runs done: the same command goes on"
+        )
         raise SystemExit(128 + stop.signal)
 
     report(cells, summary, out_dir, rows, columns, metric)
@@ -381,9 +393,9 @@ def main():
         from nanorank.figures import sweep as figures
         print("figures: " + ", ".join(figures.sweep(out_dir)))
     if failed:
-        print(f"{len(failed)} of {len(cells)} runs failed; the same command tries them again:", file=sys.stderr)
-        for name, why in failed.items():
-            print(f"  {name}: {why}", file=sys.stderr)
+        lines = [f"{len(failed)} of {len(cells)} runs failed; the same command tries them again:"]
+        lines += [f"  {name}: {why}" for name, why in failed.items()]
+        print("\n".join(lines), file=sys.stderr)
         raise SystemExit(1)
 
 

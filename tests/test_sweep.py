@@ -28,7 +28,8 @@ from nanorank.tables import read_csv
 from scripts import sweep
 from scripts.figures import everything
 
-SMALL = {**TINY, "n_layer": 1, "n_embd": 16, "max_iters": 4, "warmup_iters": 1, "rank_interval": 2, "eval_interval": 2}
+SMALL = {**TINY, "n_layer": 1, "n_embd": 16, "max_iters": 4, "warmup_iters": 1}
+SMALL.update(rank_interval=2, eval_interval=2)
 SMALL.pop("attn_wd")
 GRID = "attn_wd=0,1; mlp_wd=1; seed=1,2"
 
@@ -36,7 +37,7 @@ GRID = "attn_wd=0,1; mlp_wd=1; seed=1,2"
 def settings_of(out_dir, data_dir, grid=GRID, **trainer):
     """sweep.py's settings for a grid of tiny runs."""
     fixed = shlex.join(flags(**{**SMALL, "data_dir": data_dir, **trainer}))
-    return {"configs": "", "fixed": fixed, "grid": grid, "out_dir": str(out_dir), "figure": False, "threads": 1}
+    return dict(configs="", fixed=fixed, grid=grid, out_dir=str(out_dir), figure=False, threads=1)
 
 
 def run(**settings):
@@ -44,7 +45,8 @@ def run(**settings):
     code = 0
     out = io.StringIO()
     err = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with pytest.MonkeyPatch.context() as patch, redirected[0], redirected[1]:
         patch.chdir(REPO)
         for name, value in settings.items():
             assert hasattr(sweep, name), name
@@ -222,9 +224,10 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path, data_dir):
 
 
 def test_dry_run(tmp_path):
-    """One command a line and nothing else; torchrun for several processes; values as the trainer reads them."""
+    """One command a line and nothing else; torchrun where a run has several processes."""
     code, printed, errors = run(
-        configs="config/demo.py", fixed="--snapshot_steps=every:10", dry_run=True, nproc=2, out_dir=str(tmp_path),
+        configs="config/demo.py", fixed="--snapshot_steps=every:10",
+        dry_run=True, nproc=2, out_dir=str(tmp_path),
         grid="learning_rate+min_lr=1e-3:1e-4,0.00003:3e-6; tied=true,no\nattn_wd+mlp_wd=0,1",
     )
     lines = printed.splitlines()
@@ -328,7 +331,7 @@ def test_joined_settings_do_not_hide_runs(second, titles):
 
 
 def test_runs_from_a_checkpoint_have_its_shape(tmp_path):
-    """result.json states the shape that ran, which is the checkpoint's; elsewhere another shape is another run."""
+    """result.json states the checkpoint's shape; where there is none, another shape is another run."""
     result = {"n_layer": 1, "init_from": "a.pt", "bias": True, "seed": 1}
     (tmp_path / "result.json").write_text(json.dumps(result))
     settings = {"n_layer": 4, "init_from": "a.pt", "bias": False, "seed": 1}
@@ -341,7 +344,10 @@ def test_runs_from_a_checkpoint_have_its_shape(tmp_path):
 def test_table_in_markdown():
     """Bold where best; the number of seeds where some are missing; one that is not finite is no mean."""
     values = {
-        (0.0, 0.1): [2.0, 4.0], (0.0, 1.0): [2.5, None], (4.0, 0.1): [None, None], (4.0, 1.0): [math.nan, 1.0],
+        (0.0, 0.1): [2.0, 4.0],
+        (0.0, 1.0): [2.5, None],
+        (4.0, 0.1): [None, None],
+        (4.0, 1.0): [math.nan, 1.0],
     }
     table = pd.DataFrame([
         {"row": row, "column": column, "done": value is not None, "value": value}

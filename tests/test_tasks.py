@@ -1,4 +1,4 @@
-"""Synthetic tasks and what train_lm.py does with them; attention-only models; the figure of F2."""
+"""Synthetic tasks and what train_lm.py does with them; attention-only models; their figure."""
 import json
 
 import numpy as np
@@ -92,10 +92,11 @@ def test_loss_and_accuracy_are_those_of_the_saved_model(train, tmp_path):
     assert {"val_acc", "test_acc", "attn_imbalance_ov"} <= {key for line in lines for key in line} and result["mlp"] is False
 
 
-def test_f2_is_drawn_from_run_folders(train, tmp_path):
+def test_the_figure_is_drawn_from_run_folders(train, tmp_path):
     for wd in (0.0, 1.0):
         train(tmp_path / str(wd), **RECALL, attn_wd=wd, max_iters=10)
-    assert figures.recall(str(tmp_path)) == str(tmp_path / "recall.png") and (tmp_path / "recall.png").stat().st_size > 10_000
+    png = tmp_path / "recall.png"
+    assert figures.recall(str(tmp_path)) == str(png) and png.stat().st_size > 10_000
     one_line_exit_2(script("-m", "scripts.figures", "recall", tmp_path / "0.0"), "no finished run")
 
 
