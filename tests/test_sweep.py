@@ -22,11 +22,10 @@ from conftest import REPO, TINY, environment, flags, load, one_line_exit_2, scri
 
 from configurator import script_settings
 from nanorank import sweep_tables
-from nanorank.errors import user_errors
+from nanorank.errors import UserError, user_errors
 from nanorank.figures import sweep as sweep_figures
 from nanorank.tables import read_csv
-from scripts import sweep
-from scripts.figures import everything
+from scripts import figures, sweep
 
 SMALL = {**TINY, "n_layer": 1, "n_embd": 16, "max_iters": 4, "warmup_iters": 1}
 SMALL.update(rank_interval=2, eval_interval=2)
@@ -380,5 +379,11 @@ def test_failed_cell_shows_in_figures_not_as_a_number(swept, tmp_path):
 
     (tmp_path / "sweep.csv").write_text("\n".join([lines[0], missing]) + "\n")
     assert sweep_figures.sweep(str(tmp_path)) == []
-    drawn, left = everything(str(tmp_path))
+    drawn, left = figures.everything(str(tmp_path))
     assert any("rank_by_layer.png stays as it is" in line for line in left)
+
+
+def test_a_figure_that_does_not_exist(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["figures.py", "no_figure", "x.csv"])
+    with pytest.raises(UserError, match="usage: .*wd_grid"):
+        figures.main()
