@@ -1,22 +1,35 @@
 """
-CSV in, figures out: one function a figure, PNG and PDF beside the CSV it was drawn from.
+Draws a figure from CSV files: PNG and PDF beside the file, or in the folder, that it was drawn from.
 
-    python -m scripts.figures heads out/analysis/heads.csv      # rank of every head by layer (F3a), and over training
-    python -m scripts.figures nuclear_norm out/analysis/heads.csv         # half_sq_norm against nuclear, norms of the factors (F4)
-    python -m scripts.figures heatmap out/analysis/heads.csv    # rank of every head, layer x head
-    python -m scripts.figures spectra out/analysis/spectra.csv  # singular values, a line a layer
-    python -m scripts.figures norms out/analysis/norms.csv      # norms and directions over training (N1, N2)
-    python -m scripts.figures factorised_models out/factored                   # theory: balance, soft thresholding, depth, AdamW (scripts/theory.py); f5: scalars
-    python -m scripts.figures recall out/recall                     # associative recall: the runs in this folder's folders, over their weight decay
-    python -m scripts.figures rank_by_layer out/sweep/sweep.csv           # rank against attn_wd by layer (F3a); f3b: mean over all; or from a heads.csv
-    python -m scripts.figures wd_grid out/sweep/sweep.csv            # heatmap over attn_wd x mlp_wd (T1); n3: norm growth over learning rate x decay (N3)
-    python -m scripts.figures over_training out/sweep           # rank and validation against step, a line a decay; or of run folders
-    python -m scripts.figures saturation out/saturation/saturation.csv              # N5: by layer, and over training beside the parameter norm
-    python -m scripts.figures heads_saturated out/saturation/heads_saturated.csv    # N6: what heads attend to; and N4: scaling, of scaling.csv
-    python -m scripts.figures all                               # every figure under results/
+Every head of a checkpoint, from analyze.py:
+    python -m scripts.figures heads results/demo/heads.csv           # rank by layer, and over training
+    python -m scripts.figures nuclear_norm results/demo/heads.csv    # against the norms of the factors
+    python -m scripts.figures heatmap results/demo/heads.csv         # rank, layer x head
+    python -m scripts.figures spectra out/analysis/spectra.csv       # singular values, a line a layer
+    python -m scripts.figures norms results/demo/norms.csv           # norms, directions over training
 
-all: results/NAME/FIGURE.png is drawn again from what lies beside it, the file that FIGURE reads above (a folder: the files that its script
-writes there); where sweep.csv lies, whatever the grid allows. What lacks its file stays as it is, and is named.
+A grid of runs, from scripts/sweep.py; the first two also from a heads.csv of several runs:
+    python -m scripts.figures rank_by_layer results/wd_grid/sweep.csv      # rank against attn_wd
+    python -m scripts.figures mean_rank results/wd_grid/sweep.csv          # its mean over layers
+    python -m scripts.figures wd_grid results/wd_grid/sweep.csv            # perplexity over attn_wd x mlp_wd
+    python -m scripts.figures norm_growth results/norm_growth/sweep.csv    # over learning rate x attn_wd
+    python -m scripts.figures over_training results/wd_grid                # or a folder of run folders
+
+Small models, from scripts/theory.py and config/recall.py:
+    python -m scripts.figures factorised_models results/theory    # balance, soft thresholding, AdamW
+    python -m scripts.figures two_parameters results/theory       # trajectories over the loss
+    python -m scripts.figures recall results/recall               # associative recall over weight decay
+
+Saturated transformers, from scripts/saturate.py:
+    python -m scripts.figures saturation results/saturation/demo/saturation.csv
+    python -m scripts.figures heads_saturated results/saturation/demo/heads_saturated.csv
+    python -m scripts.figures scaling results/saturation/demo/scaling.csv
+
+Every figure under results/:
+    python -m scripts.figures all
+
+`all` draws each results/*/FIGURE.png again from the file beside it that FIGURE reads above, and where a
+sweep.csv lies, all that the grid allows. A figure whose file is missing is named and stays as it is.
 """
 import os
 import sys
@@ -27,41 +40,66 @@ from nanorank.figures.saturation import heads_saturated, saturation, scaling
 from nanorank.figures.sweep import mean_rank, norm_growth, over_training, rank_by_layer, sweep, wd_grid
 from nanorank.figures.theory import factorised_models, recall, two_parameters
 
+# name: (function, what it reads beside the figure: the first of these that is there)
+FIGURES = {
+    "heads": (heads, ["heads.csv"]),
+    "nuclear_norm": (nuclear_norm, ["heads.csv"]),
+    "heatmap": (heatmap, ["heads.csv"]),
+    "spectra": (spectra, ["spectra.csv"]),
+    "norms": (norms, ["norms.csv"]),
+    "rank_by_layer": (rank_by_layer, ["heads.csv", "sweep.csv"]),
+    "mean_rank": (mean_rank, ["heads.csv", "sweep.csv"]),
+    "wd_grid": (wd_grid, ["sweep.csv"]),
+    "norm_growth": (norm_growth, ["sweep.csv"]),
+    "over_training": (over_training, ["."]),
+    "factorised_models": (factorised_models, ["."]),
+    "two_parameters": (two_parameters, ["."]),
+    "recall": (recall, ["."]),
+    "saturation": (saturation, ["saturation.csv"]),
+    "heads_saturated": (heads_saturated, ["heads_saturated.csv"]),
+    "scaling": (scaling, ["scaling.csv"]),
+}
+
 
 def everything(root="results"):
-    """Draws all figures under results/ again; returns (the PNGs' paths, a line for each that lacks what it is drawn from)."""
-    drawn, left = [], []
+    """Draws all figures under root again.
+
+    Returns (the PNGs' paths, a line for each figure that lacks its file).
+    """
+    drawn = []
+    left = []
     for folder, _, files in sorted(os.walk(root)):
         if "sweep.csv" in files:
             drawn += sweep(folder)
-        for name, draw in FIGURES.items():
+        for name, (draw, sources) in FIGURES.items():
             png = os.path.join(folder, f"{name}.png")
-            if f"{name}.png" in files and png not in drawn:
-                beside = [os.path.normpath(os.path.join(folder, file)) for file in SOURCES.get(name, ("heads.csv",))]
-                try:
-                    drawn.append(draw(next((path for path in beside if os.path.exists(path)), beside[0])))
-                except (ValueError, OSError) as error:
-                    left.append(f"{png} stays as it is: {error}")
+            if f"{name}.png" not in files or png in drawn:
+                continue
+            paths = [os.path.normpath(os.path.join(folder, source)) for source in sources]
+            there = [path for path in paths if os.path.exists(path)]
+            try:
+                drawn.append(draw((there or paths)[0]))
+            except (UserError, OSError) as error:
+                left.append(f"{png} stays as it is: {error}")
     return drawn, left
 
 
-FIGURES = {"heads": heads, "nuclear_norm": nuclear_norm, "heatmap": heatmap, "spectra": spectra, "norms": norms, "factorised_models": factorised_models, "recall": recall, "two_parameters": two_parameters,
-           "rank_by_layer": rank_by_layer, "mean_rank": mean_rank, "wd_grid": wd_grid, "norm_growth": norm_growth, "over_training": over_training,
-           "saturation": saturation, "heads_saturated": heads_saturated, "scaling": scaling}
-SOURCES = {"spectra": ("spectra.csv",), "norms": ("norms.csv",), "factorised_models": (".",), "recall": (".",), "two_parameters": (".",), "over_training": (".",),
-           "rank_by_layer": ("heads.csv", "sweep.csv"), "mean_rank": ("heads.csv", "sweep.csv"), "wd_grid": ("sweep.csv",), "norm_growth": ("sweep.csv",),
-           "saturation": ("saturation.csv",), "heads_saturated": ("heads_saturated.csv",), "scaling": ("scaling.csv",)}  # else heads.csv
+def main():
+    args = sys.argv[1:]
+    if args in (["--help"], ["-h"]):
+        print(__doc__.strip())
+    elif args == ["all"]:
+        drawn, left = everything()
+        print("\n".join(drawn))
+        for line in left:
+            print(line, file=sys.stderr)
+    elif len(args) == 2 and args[0] in FIGURES:
+        name, path = args
+        print(FIGURES[name][0](path))
+    else:
+        raise UserError(f"usage: python -m scripts.figures all, or {'|'.join(FIGURES)} FILE.csv or FOLDER")
 
 
 if __name__ == "__main__":
     with user_errors("figures.py"):
-        if sys.argv[1:] in (["--help"], ["-h"]):
-            print(__doc__.strip())
-        elif sys.argv[1:] == ["all"]:
-            drawn, left = everything()
-            print("\n".join(drawn))
-            print("".join(f"{line}\n" for line in left), end="", file=sys.stderr)
-        elif len(sys.argv) == 3 and sys.argv[1] in FIGURES:
-            print(FIGURES[sys.argv[1]](sys.argv[2]))
-        else:
-            raise UserError(f"usage: python -m scripts.figures all, or {'|'.join(FIGURES)} FILE.csv or FOLDER")
+        main()

@@ -1,8 +1,10 @@
 """
-T1's question for a smaller sibling of GPT-2 small (6 layers, 6 heads of 64), 3 seeds, 12 runs, on one large GPU; the data set is
-config/gpt2_small.py's. Not run yet: no GPU has been at hand.
+Attention without decay against coupled decay for a smaller sibling of GPT-2 small: 3 seeds, 12 runs.
 
-    python -m scripts.sweep config/sweep/gpt2_sibling.py
+    python -m scripts.sweep config/sweep/gpt2_sibling.py --jobs=2
+
+6 layers, 6 heads of 64; the data set is that of config/gpt2_small.py. Meant for one large GPU and not run
+yet: leave --jobs=2 out where two runs do not fit on it.
 """
 configs = "config/gpt2_small.py"
 fixed = """
@@ -10,4 +12,4 @@ fixed = """
     --snapshot_steps="" --eval_interval=200
 """
 grid = "attn_wd+mlp_wd=0:1.2,1.2:1.2,0:4,4:4; seed=1,2,3"
-out_dir = "out/sweep_gpt2_sibling"
+out_dir = "out/gpt2_sibling"

@@ -1,7 +1,10 @@
 """
-Does Muon show what AdamW shows? Decay of attention under Muon (blocks' matrices; AdamW for the rest), T1's model and steps, 3 seeds, 9 runs.
+Decay of attention under Muon, 3 seeds: 9 runs with the model and steps of config/sweep/wd_grid.py.
 
     python -m scripts.sweep config/sweep/muon.py --jobs=2
+
+Muon updates the matrices of the blocks, AdamW the rest. Reached: test perplexity 7.65, 8.19 and 9.02 at
+attn_wd 0, 1.2 and 4 (results/muon/).
 """
 configs = "config/demo.py"
 fixed = """
@@ -9,4 +12,4 @@ fixed = """
     --rank_interval=40 --eval_interval=100 --snapshot_steps="" --embed_wd=0.1 --optimizer=muon
 """
 grid = "attn_wd=0,1.2,4; mlp_wd=1.2; seed=1,2,3"
-out_dir = "out/sweep_muon"
+out_dir = "out/muon"

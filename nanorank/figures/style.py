@@ -1,7 +1,6 @@
 """
-What all figures share: style and colours, CSV rows read and sorted by run, axes, files written.
+The parts that all figures share: style and colours, runs in a table, axes, files.
 """
-import csv
 import os
 
 import matplotlib
@@ -12,71 +11,107 @@ import matplotlib.pyplot as plt
 from nanorank.checkpoints import run_of
 from nanorank.errors import UserError
 from nanorank.files import writing
+from nanorank.tables import read_csv
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe & Ito, colour-blind safe; 7 and 8 markers: 56 pairs
+# Okabe & Ito's colours, safe for the colour-blind; 7 colours and 8 markers make 56 pairs
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX*"
 PRODUCTS = {"qk": r"$W_K^\top W_Q$", "ov": r"$P\,W_V$"}
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "legend.frameon": False,
-         "figure.constrained_layout.use": True, "pdf.fonttype": 42, "savefig.dpi": 160}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 160,
+}
+WIDE_STYLE = {**STYLE, "savefig.dpi": 110}
 MOST_RUNS = 4  # rows of a figure that has a row a run
-KEYS = ("checkpoint", "step", "layer", "head", "product", "d_head")
+HEAD_COLUMNS = ("checkpoint", "step", "layer", "head", "product", "d_head")
 
 
-def read(path, columns):
-    """The rows of a CSV file, dicts of strings. Raises UserError naming the file where it is not there, empty or lacks columns."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: {error}") from None
-    missing = [name for name in columns if not rows or name not in rows[0]]
-    if missing:
-        raise UserError(f"{path}: no rows, or no column {missing[0]}")
-    return rows
+def colour_of(i):
+    return COLOURS[i % len(COLOURS)]
 
 
-def rank_column(path, rows):
-    """rank95, or whatever the threshold rank's column is called. Raises UserError where there is none."""
-    name = next((name for name in rows[0] if name.startswith("rank")), None)
-    if name is None:
-        raise UserError(f"{path}: no column rank95 or the like")
-    return name
+def look(i):
+    """Colour and marker of the i-th run."""
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
-def by_run(rows):
-    """{short name: rows} run by run; the last part of its path where that tells runs apart."""
-    runs = {}
-    for row in rows:
-        runs.setdefault(run_of(row["checkpoint"]), []).append(row)
-    names = [os.path.basename(name) for name in runs]
-    names = list(runs) if len(set(names)) < len(names) else names
-    start, end = os.path.commonprefix(names), os.path.commonprefix([name[::-1] for name in names])[::-1]
-    if len(names) > 1 and max(map(len, names)) > 24:  # what they share tells nothing
-        names = [f"...{name[len(start):len(name) - len(end)]}" for name in names]
-        names = list(runs) if len(set(names)) < len(names) else names
-    return dict(zip(names, runs.values()))
+def read_runs(path, columns):
+    """read_csv with two more columns: `run`, a short name, and `place`, the layer with its stack if any.
+
+    Raises UserError where the file cannot be read, has no rows or lacks one of `columns`.
+    """
+    table = read_csv(path, columns)
+    folders = table["checkpoint"].astype(str).map(run_of)
+    table["run"] = folders.map(short_names(list(folders.unique())))
+    if "layer" in table:
+        table["place"] = table["layer"].astype(str)
+    if "stack" in table:  # encoder or decoder, empty where a model has one stack
+        table["stack"] = table["stack"].fillna("")
+        table["place"] = (table["stack"] + " " + table["place"]).str.strip()
+    return table
 
 
-def last_of(run):
-    """The rows of a run's last checkpoint."""
-    return [row for row in run if row["checkpoint"] == run[-1]["checkpoint"]]
+def short_names(folders):
+    """{run folder: its name in a legend}: the last part of the path where that tells runs apart."""
+    names = [os.path.basename(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        names = folders
+    if len(names) > 1 and max(map(len, names)) > 24:
+        # long names: leave out what they share
+        start = os.path.commonprefix(names)
+        end = os.path.commonprefix([name[::-1] for name in names])[::-1]
+        middles = [f"...{name[len(start):len(name) - len(end)]}" for name in names]
+        names = middles if len(set(middles)) == len(names) else folders
+    return dict(zip(folders, names))
 
 
-def layer_of(row):
-    return row.get("stack", ""), int(row["layer"])
+def by_run(table, most=None):
+    """[(short name, its rows), ...] in the file's order, the first `most` of them."""
+    return list(table.groupby("run", sort=False))[:most]
 
 
-def label_layers(axis, layers):
+def last_rows(table):
+    """The rows of each run's last checkpoint."""
+    last = table.groupby("run")["checkpoint"].transform("last")
+    return table[table["checkpoint"] == last].copy()
+
+
+def has_snapshots(table):
+    """Whether some run has checkpoints of several steps."""
+    return bool((table.groupby("run")["step"].nunique() > 1).any())
+
+
+def rank_column(path, table):
+    """rank95, or however the threshold rank's column is called. Raises UserError where there is none."""
+    for name in table.columns:
+        if name.startswith("rank"):
+            return name
+    raise UserError(f"{path}: no column rank95 or the like")
+
+
+def label_layers(axis, places):
     """Names an axis's integer positions by layer, some twelve of them at most."""
-    some = range(0, len(layers), 1 + (len(layers) - 1) // 12)
-    axis.set_ticks(list(some), [" ".join(map(str, layers[i])).strip() for i in some])
-    if axis.axis_name == "x" and any(stack for stack, _ in layers):
+    some = range(0, len(places), 1 + (len(places) - 1) // 12)
+    axis.set_ticks(list(some), [places[i] for i in some])
+    if axis.axis_name == "x" and any(" " in place for place in places):  # encoder 0, encoder 1, ...
         axis.set_tick_params(rotation=60)
+
+
+def whole_numbers(*axes):
+    for axis in axes:
+        axis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
 
 
 def identity(ax, values, label):
     """The diagonal over the range of values, and a little margin around it."""
-    low, high = 0.95 * values.min(), 1.05 * values.max() or 1.0
+    low = 0.95 * values.min()
+    high = 1.05 * values.max() or 1.0
     ax.plot([low, high], [low, high], color="black", linewidth=0.7, linestyle="--", label=label, zorder=0)
     ax.set_xlim(low, high)
 
