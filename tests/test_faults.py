@@ -4,6 +4,7 @@ disks, clocks that jump, losses and gradients that are not finite.
 """
 import contextlib
 import csv
+import errno
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ import train_lm
 import train_vit
 from nanorank.distributed import exit_codes
 from nanorank.run import Run
-from nanorank.run_folder import RunLog
+from nanorank.run_folder import RunLog, lock_folder
 
 
 def ends(code, call, capsys, *words):
@@ -109,6 +110,15 @@ def test_resuming_a_finished_run_changes_nothing(train, tmp_path):
     after = load(tmp_path / "ckpt.pt")
     assert str(before["optimizer"]) == str(after["optimizer"])
     assert before["log_bytes"] == after["log_bytes"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch, code):
+    def flock(fd, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert lock_folder(tmp_path) is None
 
 
 # ------------------------------------------------------------------------ disks
@@ -230,7 +240,7 @@ def assert_good_checkpoint(path):
 
 
 def test_float16_that_overflows_at_any_scale_stops(train, tmp_path, capsys, monkeypatch):
-    """The loss stays finite, every step is skipped, the scale halves. Scaler and autocast are the real ones."""
+    """The loss stays finite, every step is skipped, the scale halves. Scaler and autocast are real."""
     forward = train_lm.GPT.forward
     monkeypatch.setattr(nanorank.run, "pick_dtype", lambda *_: torch.float16)
     # a large GEMM takes a CPU minutes in float16

@@ -255,7 +255,7 @@ def named_the_disk(status, output, disk):
 # --------------------------------------------------------------------- torchrun
 
 def torchrun(program, work, n_faults):
-    """Two processes: one is killed and torchrun restarts both, or all are stopped and the command repeated."""
+    """Two processes: one is killed and torchrun restarts both, or all are stopped and started again."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
     command = (*launcher, *program.command, "--max_iters=300")
     program = program._replace(name="torchrun", command=command)
