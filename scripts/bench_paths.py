@@ -274,10 +274,9 @@ def datasets_map(enc, source, out, n_cores):
     data = data.map(process, remove_columns=["text"], num_proc=n_cores, load_from_cache_file=False)
     arr = np.memmap(out, dtype=np.uint16, mode="w+", shape=(int(np.sum(data["len"])),))
     at = 0
-    for i in range(1024):
-        shard = data.shard(num_shards=1024, index=i, contiguous=True).with_format("numpy")
-        if len(shard) == 0:
-            continue
+    n_shards = min(1024, len(data))
+    for i in range(n_shards):
+        shard = data.shard(num_shards=n_shards, index=i, contiguous=True).with_format("numpy")
         ids = np.concatenate(list(shard["ids"]))
         arr[at:at + len(ids)] = ids
         at += len(ids)
