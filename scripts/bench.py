@@ -263,7 +263,7 @@ def bench_vit(setup):
         split = ImageSplit(folder, "train")
         train_vit.total_batch_size = B
         run = SimpleNamespace(batch_size=B, grad_accum_steps=1, rank=0, world_size=1, device=setup.device)
-        stream = train_vit.train_batches(split, run, 0, 10**9)
+        stream = train_vit.train_batches(split, run, 0, n_steps=10_000)
         batch = next(stream)
         steps = itertools.count()
         contestants["load"] = lambda: next(stream)
