@@ -1,5 +1,5 @@
 """
-The paths beside the training step, each against its floor: batches, spectra, checkpoints, preparing text. bench.py runs them.
+What bench.py times beside the training step: start, batches, spectra, checkpoints, preparing text.
 """
 import contextlib
 import glob
@@ -7,6 +7,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -18,172 +20,278 @@ import torch
 import prepare_pile
 from nanorank.device import synchronize
 from nanorank.files import save_json, save_pt, write_atomic
+from nanorank.images import RECORD
 from nanorank.spectra import metrics, qk_factors, singular_values
 from nanorank.tokens import TokenSplit
 from scripts.timing import interleaved, row
 
 
 def write_tokens(folder, tokens, tokenizer, vocab_size):
-    """A data folder of these tokens, uint16: the last 2,000 are val, those before them test."""
+    """A data folder of these tokens (uint16): the last 2,000 are val, those before them test."""
     os.makedirs(folder, exist_ok=True)
+    parts = {"train": tokens[:-4000], "test": tokens[-4000:-2000], "val": tokens[-2000:]}
     splits = {}
-    for split, part in {"train": tokens[:-4000], "test": tokens[-4000:-2000], "val": tokens[-2000:]}.items():
+    for split, part in parts.items():
         part.tofile(os.path.join(folder, f"{split}.bin"))
-        splits[split] = {"tokens": len(part), "documents": 1, "files": [{"name": f"{split}.bin", "tokens": len(part)}]}
-    save_json(os.path.join(folder, "meta.json"), {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": "uint16", "splits": splits})
+        files = [{"name": f"{split}.bin", "tokens": len(part)}]
+        splits[split] = {"tokens": len(part), "documents": 1, "files": files}
+    meta = {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": "uint16", "splits": splits}
+    save_json(os.path.join(folder, "meta.json"), meta)
 
 
-def batches(world, repeats):
-    """P1's batch, 128 windows of 757 tokens out of 200 M, against a memcpy of the same bytes and against nanoGPT's way."""
+def write_images(folder, n, height, width):
+    """A data folder of n images of noise, all in train."""
+    size = 3 * height * width
+    noise = np.random.default_rng(0).integers(0, 256, size + n, dtype=np.uint8)
+    with open(os.path.join(folder, "train.bin"), "wb") as file:
+        for i in range(n):
+            file.write(noise[i:i + size])
+    index = np.zeros(n, dtype=RECORD)
+    index["offset"], index["height"], index["width"] = np.arange(n) * size, height, width
+    index.tofile(os.path.join(folder, "train.idx"))
+    files = [{"name": "train.bin", "bytes": n * size}, {"name": "train.idx", "bytes": n * RECORD.itemsize}]
+    save_json(os.path.join(folder, "meta.json"), {
+        "kind": "images", "classes": [str(i) for i in range(1000)], "short_side": min(height, width),
+        "mean": [0.5] * 3, "std": [0.3] * 3, "splits": {"train": {"images": n, "files": files}},
+    })
+
+
+def start(setup):
+    """train_lm.py from the command line to its first step, not compiled, against importing torch."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     with tempfile.TemporaryDirectory() as folder:
-        n, T, B = 200_000_000, 756, 128
-        write_tokens(folder, np.resize(np.arange(50257, dtype="<u2"), n), "gpt2", 50257)
-        split, start = TokenSplit(folder, "train", T), iter(range(0, 10**9, B))
-        block = np.zeros((B, T + 1), dtype=np.int64)  # the bytes a batch ends as
+        tokens = np.resize(np.arange(256, dtype="<u2"), 1_000_000)
+        write_tokens(os.path.join(folder, "text"), tokens, "byte", 257)
+        command = [sys.executable, "train_lm.py", "config/demo.py", "--dataset=text", f"--data_dir={folder}",
+                   f"--out_dir={folder}/run", "--overwrite", "--log_interval=1", "--eval_iters=1",
+                   "--compile=false", f"--device={setup.device}"]
+        import_torch = [sys.executable, "-c", "import torch"]
+
+        def first_step():
+            with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+                found = any(line.startswith("step 0: loss") for line in process.stdout)
+                process.kill()
+            if not found:
+                raise RuntimeError(f"{' '.join(command)} took no step")
+
+        times = interleaved({
+            "start": first_step,
+            "torch": lambda: subprocess.run(import_torch, check=True),
+        }, setup)
+    what = "train_lm.py config/demo.py to its first step"
+    yield row("start", what, times["start"], "import torch", times["torch"])
+
+
+def batches(setup):
+    """128 windows of 757 tokens out of 200 M, against memcpy of the same bytes and nanoGPT's get_batch."""
+    T, B = 756, 128
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(folder, np.resize(np.arange(50257, dtype="<u2"), 200_000_000), "gpt2", 50257)
+        split = TokenSplit(folder, "train", T)
+        firsts = iter(range(0, 10**9, B))
+        block = np.zeros((B, T + 1), dtype=np.int64)  # the bytes that a batch has in the end
         copy = np.zeros_like(block)
 
-        def nanogpt():  # get_batch of its train.py
+        def get_batch():  # of nanoGPT's train.py
             data = np.memmap(os.path.join(folder, "train.bin"), dtype=np.uint16, mode="r")
             ix = torch.randint(len(data) - T, (B,))
-            return (torch.stack([torch.from_numpy(data[i:i + T].astype(np.int64)) for i in ix]),
-                    torch.stack([torch.from_numpy(data[i + 1:i + 1 + T].astype(np.int64)) for i in ix]))
+            x = torch.stack([torch.from_numpy(data[i:i + T].astype(np.int64)) for i in ix])
+            y = torch.stack([torch.from_numpy(data[i + 1:i + 1 + T].astype(np.int64)) for i in ix])
+            return x, y
 
-        times = interleaved({"sample": lambda: [split.sample(0, next(start), B) for _ in range(50)],
-                             "memcpy": lambda: [np.copyto(copy, block) for _ in range(50)],
-                             "nanoGPT": lambda: [nanogpt() for _ in range(50)]}, world, repeats)
+        times = interleaved({
+            "sample": lambda: [split.sample(0, next(firsts), B) for _ in range(50)],
+            "memcpy": lambda: [np.copyto(copy, block) for _ in range(50)],
+            "nanoGPT": lambda: [get_batch() for _ in range(50)],
+        }, setup)
     what = "128 x 757 of 200 M tokens, shuffled, checked, int64"
-    yield row("batches", what, times["sample"] / 50, "memcpy of the batch", times["memcpy"] / 50)
-    yield row("batches", what, times["sample"] / 50, "nanoGPT's get_batch", times["nanoGPT"] / 50, times_faster=times["nanoGPT"] / times["sample"])
+    seconds = times["sample"] / 50
+    yield row("batches", what, seconds, "memcpy of the batch", times["memcpy"] / 50)
+    yield row("batches", what, seconds, "nanoGPT's get_batch", times["nanoGPT"] / 50,
+              times_faster=times["nanoGPT"] / times["sample"])
 
 
-def spectra(world, repeats):
-    """32 heads of 4096 x 128, one layer and product of Llama 2 7B, read from a file that the page cache holds: against reading it and one pass of
-    float32 Gram GEMMs over the factors; TransformerLens's way (three SVDs a head); the SVD of the whole product (one head, times 32)."""
+def spectra(setup):
+    """One layer and product of Llama 2 7B, 32 heads of 4096 x 128, in memory or read from the page cache.
+
+    Against one pass of float32 Gram products over the factors, against TransformerLens's three SVDs a head,
+    and against the SVD of the whole product (one head, times 32).
+    """
     torch.manual_seed(0)
-    W_Q, W_K = torch.randn(2, 32, 128, 4096)
+    weights = torch.randn(2, 32, 128, 4096)  # W_Q and W_K
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "layer")
-        torch.stack([W_Q, W_K]).numpy().tofile(path)
+        weights.numpy().tofile(path)
+        A, B = qk_factors(*weights.to(setup.device))
 
         def read():
-            return torch.from_numpy(np.fromfile(path, np.float32)).view(2, 32, 128, 4096).to(world.device)
+            data = torch.from_numpy(np.fromfile(path, np.float32))
+            return data.view(2, 32, 128, 4096).to(setup.device)
 
-        def floor():
+        def read_and_grams():
             W_Q, W_K = read()
             return W_Q @ W_Q.mT, W_K @ W_K.mT
 
-        W_Q, W_K = W_Q.to(world.device), W_K.to(world.device)
-        A, B = qk_factors(W_Q, W_K)
-        times = interleaved({"ours": lambda: metrics(*qk_factors(*read())), "floor": floor, "metrics": lambda: metrics(A, B),
-                             "grams": lambda: (A.mT @ A, B.mT @ B), "exact": lambda: metrics(A, B, exact=True)}, world, repeats)
-    rare = {}
-    for name, way, heads in (("factored", lambda: factored_matrix_svd(A, B.mT), 32), ("full", lambda: torch.linalg.svdvals(A[0] @ B[0].mT), 1)):
-        synchronize(world.device)
-        start = time.perf_counter()
-        way()  # seconds to minutes: once
-        synchronize(world.device)
-        rare[name] = (time.perf_counter() - start) * 32 / heads
-    exact = singular_values(A, B, exact=True)
-    deficient = A * (torch.arange(128, device=A.device) < 5)  # rank 5
-    error = [float(((singular_values(X, B) - want).abs() / want[:, :1]).max())
-             for X, want in ((A, exact), (deficient, singular_values(deficient, B, exact=True)))]
+        times = interleaved({
+            "ours": lambda: metrics(*qk_factors(*read())),
+            "floor": read_and_grams,
+            "metrics": lambda: metrics(A, B),
+            "grams": lambda: (A.mT @ A, B.mT @ B),
+            "exact": lambda: metrics(A, B, exact=True),
+        }, setup)
+
+    # seconds to minutes: once
+    factored = seconds_of(lambda: factored_matrix_svd(A, B.mT), setup)
+    whole = 32 * seconds_of(lambda: torch.linalg.svdvals(A[0] @ B[0].mT), setup)
+    rank_5 = A * (torch.arange(128, device=A.device) < 5)
+
     what = "32 heads of 4096 x 128, all metrics"
-    yield row("spectra", f"{what}, from a file", times["ours"], "reading it, float32 Grams", times["floor"], error=error[0], error_at_rank_5=error[1])
-    yield row("spectra", f"{what}, from memory", times["metrics"], "float32 Grams", times["grams"])
+    in_memory = f"{what}, from memory"
+    seconds = times["metrics"]
+    yield row("spectra", f"{what}, from a file", times["ours"], "reading it, float32 Grams", times["floor"],
+              error=error_of(A, B), error_at_rank_5=error_of(rank_5, B))
+    yield row("spectra", in_memory, seconds, "float32 Grams", times["grams"])
     yield row("spectra", f"{what}, --exact (QR)", times["exact"], "float32 Grams", times["grams"])
-    yield row("spectra", f"{what}, from memory", times["metrics"], "TransformerLens's FactoredMatrix.svd", rare["factored"],
-              times_faster=rare["factored"] / times["metrics"])
-    yield row("spectra", f"{what}, from memory", times["metrics"], "32 x the SVD of one whole product", rare["full"],
-              times_faster=rare["full"] / times["metrics"])
+    yield row("spectra", in_memory, seconds, "TransformerLens's FactoredMatrix.svd", factored,
+              times_faster=factored / seconds)
+    yield row("spectra", in_memory, seconds, "32 x the SVD of one whole product", whole,
+              times_faster=whole / seconds)
+
+
+def seconds_of(function, setup):
+    synchronize(setup.device)
+    began = time.perf_counter()
+    function()
+    synchronize(setup.device)
+    return time.perf_counter() - began
+
+
+def error_of(A, B):
+    """Largest error of the fast way's singular values, relative to the largest of each head."""
+    exact = singular_values(A, B, exact=True)
+    return float(((singular_values(A, B) - exact).abs() / exact[:, :1]).max())
 
 
 def factored_matrix_svd(A, B):
-    """As TransformerLens's FactoredMatrix does it: for A (H, d, r), B (H, r, d) the SVDs of A, of B, and of what stands between."""
+    """TransformerLens's FactoredMatrix.svd of A (H, d, r) B (H, r, d): of A, of B, and of what is between."""
     U_A, s_A, V_A = torch.linalg.svd(A, full_matrices=False)
     U_B, s_B, V_B = torch.linalg.svd(B, full_matrices=False)
-    U, s, V = torch.linalg.svd(s_A[..., None] * V_A @ U_B * s_B[..., None, :], full_matrices=False)
+    middle = s_A[..., None] * V_A @ U_B * s_B[..., None, :]
+    U, s, V = torch.linalg.svd(middle, full_matrices=False)
     return U_A @ U, s, V @ V_B
 
 
-def checkpoint(world, repeats, out_dir):
-    """Saving 100 MB of state against writing and fsyncing the same bytes."""
+def checkpoint(setup, out_dir):
+    """Saving 100 MB, against writing and fsyncing the same bytes."""
     state = {"model": {f"w{i}": torch.randn(25, 1024, 256) for i in range(4)}}
     buffer = io.BytesIO()
     torch.save(state, buffer)
     raw = buffer.getvalue()
     os.makedirs(out_dir, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir) as folder:
-        times = interleaved({"save": lambda: save_pt(os.path.join(folder, "a.pt"), state),
-                             "write": lambda: write_atomic(os.path.join(folder, "b.pt"), lambda file: file.write(raw))}, world, repeats)
-    yield row("checkpoint", f"{len(raw) / 1e6:.0f} MB saved, fsynced, renamed", times["save"], "write and fsync of the bytes", times["write"])
+        ours, plain = os.path.join(folder, "a.pt"), os.path.join(folder, "b.pt")
+        times = interleaved({
+            "save": lambda: save_pt(ours, state),
+            "write": lambda: write_atomic(plain, lambda file: file.write(raw)),
+        }, setup)
+    yield row("checkpoint", f"{len(raw) / 1e6:.0f} MB saved, fsynced, renamed", times["save"],
+              "write and fsync of the bytes", times["write"])
 
 
-def prepare(world, repeats, text):
-    """prepare_pile.py, file to files, against tiktoken's encode of the same texts in memory on all cores, and against
-    datasets.map with as many processes and a memmap; the ids of both are compared byte by byte."""
+def prepare(setup, text):
+    """prepare_pile.py, file to files, against tiktoken alone in memory and datasets.map into a memmap."""
     import tiktoken
     try:
         enc = tiktoken.get_encoding("gpt2")
     except Exception as error:  # no network
-        return print(f"prepare    left out, tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}): set TIKTOKEN_CACHE_DIR")
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        documents = os.path.join(folder, "documents.jsonl")
+        print(f"prepare    left out, tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}): "
+              "set TIKTOKEN_CACHE_DIR")
+        return
+    n_cores = os.cpu_count()
+    with tempfile.TemporaryDirectory() as folder:
         texts = documents_of(text)
-        with open(documents, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-        blocks = [texts[i::128] for i in range(128)]
-
-        def alone():  # as fast as threads over encode_to_tiktoken_buffer, faster than encode_ordinary_batch
-            return sum(pool.map(lambda block: sum(len(enc.encode_to_numpy(text, disallowed_special=())) for text in block), blocks))
-
-        def ours():
-            shutil.rmtree(os.path.join(folder, "bench"), ignore_errors=True)
-            vars(prepare_pile).update(source=documents, dataset="bench", data_dir=folder, tokenizer="gpt2", val_fraction=0.0, test_fraction=0.0)
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                prepare_pile.main()
-
-        def datasets_map():  # as nanoGPT's data/openwebtext does it: ids and len by map, then 1024 contiguous shards into a memmap
-            def ids_of(example):
-                ids = [*enc.encode_ordinary(example["text"]), enc.eot_token]
-                return {"ids": ids, "len": len(ids)}
-
-            data = datasets.load_dataset("json", data_files=documents, split="train", cache_dir=os.path.join(folder, "cache"))
-            data = data.map(ids_of, remove_columns=["text"], num_proc=os.cpu_count(), load_from_cache_file=False)
-            out = np.memmap(os.path.join(folder, "map.bin"), dtype=np.uint16, mode="w+", shape=(int(np.sum(data["len"])),))
-            at = 0
-            for i in range(1024):
-                shard = data.shard(num_shards=1024, index=i, contiguous=True).with_format("numpy")
-                ids = np.concatenate(list(shard["ids"])) if len(shard) else []
-                out[at:at + len(ids)] = ids
-                at += len(ids)
-            out.flush()
-
-        contestants = {"alone": alone, "ours": ours}
+        source = os.path.join(folder, "documents.jsonl")
+        with open(source, "w", encoding="utf-8") as file:
+            for document in texts:
+                file.write(json.dumps({"text": document}) + "\n")
+        n_bytes = os.path.getsize(source)
+        ours = os.path.join(folder, "bench", "train_00000.bin")
+        mapped = os.path.join(folder, "map.bin")
+        contestants = {
+            "alone": lambda: tiktoken_alone(enc, texts, n_cores),
+            "ours": lambda: run_prepare_pile(source, folder),
+        }
         try:
             import datasets
             datasets.disable_progress_bars()
-            contestants["map"] = datasets_map
+            contestants["map"] = lambda: datasets_map(enc, source, mapped, n_cores)
         except ImportError:
-            print("prepare    without datasets (pip install -r requirements-dev.txt) there is no peer to compare with")
-        times = interleaved(contestants, world, repeats)
-        MB, cores = os.path.getsize(documents) / 1e6, os.cpu_count()
-        what = f"{MB:.0f} MB of .jsonl, GPT-2's BPE, {cores} cores"
-        yield row("prepare", what, times["ours"], "tiktoken alone", times["alone"], share_of_tiktokens_speed=times["alone"] / times["ours"])
-        if "map" in times:
-            with open(os.path.join(folder, "map.bin"), "rb") as a, open(os.path.join(folder, "bench", "train_00000.bin"), "rb") as b:
-                same = a.read() == b.read()
-            yield row("prepare", what, times["ours"], "datasets.map and a memmap", times["map"], times_faster=times["map"] / times["ours"],
-                      identical_ids=same)
+            print("prepare    datasets is not installed (requirements-dev.txt): no peer to compare with")
+        times = interleaved(contestants, setup)
+        same = "map" in times and read_bytes(ours) == read_bytes(mapped)
+
+    what = f"{n_bytes / 1e6:.0f} MB of .jsonl, GPT-2's BPE, {n_cores} cores"
+    seconds = times["ours"]
+    yield row("prepare", what, seconds, "tiktoken alone", times["alone"],
+              share_of_tiktokens_speed=times["alone"] / seconds)
+    if "map" in times:
+        yield row("prepare", what, seconds, "datasets.map and a memmap", times["map"],
+                  times_faster=times["map"] / seconds, identical_ids=same)
+
+
+def read_bytes(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def tiktoken_alone(enc, texts, n_cores):
+    """The number of tokens, by threads over encode_to_numpy: faster than encode_ordinary_batch."""
+    def count(block):
+        return sum(len(enc.encode_to_numpy(text, disallowed_special=())) for text in block)
+
+    with ThreadPoolExecutor(n_cores) as pool:
+        return sum(pool.map(count, [texts[i::128] for i in range(128)]))
+
+
+def run_prepare_pile(source, data_dir):
+    shutil.rmtree(os.path.join(data_dir, "bench"), ignore_errors=True)
+    vars(prepare_pile).update(source=source, dataset="bench", data_dir=data_dir, tokenizer="gpt2",
+                              val_fraction=0.0, test_fraction=0.0)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        prepare_pile.main()
+
+
+def datasets_map(enc, source, out, n_cores):
+    """As nanoGPT's data/openwebtext/prepare.py: ids and len by map, then 1024 shards into a memmap."""
+    import datasets
+
+    def process(example):
+        ids = [*enc.encode_ordinary(example["text"]), enc.eot_token]
+        return {"ids": ids, "len": len(ids)}
+
+    cache_dir = os.path.join(os.path.dirname(source), "cache")
+    data = datasets.load_dataset("json", data_files=source, split="train", cache_dir=cache_dir)
+    data = data.map(process, remove_columns=["text"], num_proc=n_cores, load_from_cache_file=False)
+    arr = np.memmap(out, dtype=np.uint16, mode="w+", shape=(int(np.sum(data["len"])),))
+    at = 0
+    n_shards = min(1024, len(data))
+    for i in range(n_shards):
+        shard = data.shard(num_shards=n_shards, index=i, contiguous=True).with_format("numpy")
+        ids = np.concatenate(list(shard["ids"]))
+        arr[at:at + len(ids)] = ids
+        at += len(ids)
+    arr.flush()
 
 
 def documents_of(text):
-    """The documents that prepare is timed on: those of the file `text`, else this Python's library and packages, 80 MB at most."""
+    """The documents of the .jsonl file `text`, else this Python's library and packages, 80 MB at most."""
     if text:
         import pyarrow
         with pyarrow.input_stream(text, compression="detect") as file:
             return [json.loads(line)["text"] for line in file.read().splitlines()]
     texts, size = [], 0
-    for path in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "**", "*.py"), recursive=True)):
+    library = os.path.join(sysconfig.get_path("stdlib"), "**", "*.py")
+    for path in sorted(glob.glob(library, recursive=True)):
         with open(path, encoding="utf-8", errors="replace") as file:
             texts.append(file.read())
         size += len(texts[-1])

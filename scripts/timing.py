@@ -1,46 +1,62 @@
 """
-Contestants timed in turn, rows of a table from their medians, contestants in processes of their own: what bench.py is made of.
+Contestants timed in turn, and the rows of a table from their medians.
 """
 import multiprocessing
 import statistics
 import sys
 import time
+from typing import NamedTuple
 
 import torch
 
 from nanorank.device import synchronize
 
-MEMORY = {}  # MB, by contestant; on CUDA alone
+PEAK_MB = {}  # memory of each contestant, on CUDA alone
 
 
-def interleaved(contestants, world, repeats):
-    """Median seconds of each contestant, {name: function without arguments}, run in turn `repeats` times after a warm-up; on CUDA
-    the memory that it takes at its peak beyond what stays goes into MEMORY[name], in MB."""
+class Setup(NamedTuple):
+    """dtype: of autocast; compile: whether to; repeats: of each contestant."""
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    repeats: int
+
+
+def interleaved(contestants, setup):
+    """Median seconds of each contestant, {name: function without arguments}.
+
+    They run in turn `repeats` times after a warm-up, so that a slow minute of the machine hits all of them.
+    On CUDA, PEAK_MB[name] is the memory that each takes at its peak beyond what stays.
+    """
+    on_cuda = setup.device.type == "cuda"
     times = {name: [] for name in contestants}
-    for i in range(repeats + 1):
+    for i in range(setup.repeats + 1):
         for name, function in contestants.items():
-            synchronize(world.device)
-            if world.device.type == "cuda":
+            synchronize(setup.device)
+            if on_cuda:
                 torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
+                before = torch.cuda.memory_allocated()
             start = time.perf_counter()
             function()
-            synchronize(world.device)
-            if i:
+            synchronize(setup.device)
+            if i > 0:
                 times[name].append(time.perf_counter() - start)
-            if world.device.type == "cuda":
-                MEMORY[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
+            if on_cuda:
+                PEAK_MB[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def peak_memory(*names):
-    """{"peak_MB ...": MB} of contestants of the last interleaved run on CUDA; nothing elsewhere."""
-    return {f"peak_MB_{name}": MEMORY[name] for name in names if name in MEMORY}
+    """{"peak_MB_NAME": MB} of contestants of the last interleaved run. Empty but on CUDA."""
+    return {f"peak_MB_{name}": PEAK_MB[name] for name in names if name in PEAK_MB}
 
 
-def row(path, what, ours, floor_name, floor, **more):
-    print(f"{path}: {what}: {ours / floor:.2f} of {floor_name}", file=sys.stderr, flush=True)
-    return {"path": path, "what": what, "seconds": ours, "floor": floor_name, "floor_seconds": floor, "ratio": ours / floor, **more}
+def row(path, what, seconds, floor, floor_seconds, **more):
+    """A row of bench.json: our seconds against the floor's."""
+    ratio = seconds / floor_seconds
+    print(f"{path}: {what}: {ratio:.2f} of {floor}", file=sys.stderr, flush=True)
+    return {"path": path, "what": what, "seconds": seconds, "floor": floor, "floor_seconds": floor_seconds,
+            "ratio": ratio, **more}
 
 
 def table(rows):
@@ -48,32 +64,37 @@ def table(rows):
     lines = [["path", "what", "against", "ours, ms", "that, ms", "ratio", "more"]]
     for x in rows:
         more = ", ".join(f"{name} {value:.4g}" for name, value in list(x.items())[6:])
-        lines.append([x["path"], x["what"], x["floor"], f"{1e3 * x['seconds']:.3f}", f"{1e3 * x['floor_seconds']:.3f}", f"{x['ratio']:.2f}", more])
-    wide = [max(len(line[i]) for line in lines) for i in range(6)] + [0]
-    lines.insert(1, ["-" * max(3, w) for w in wide])
-    return ["| " + " | ".join(text.ljust(w) for text, w in zip(line, wide)) + " |" for line in lines]
+        ours, floor = f"{1e3 * x['seconds']:.3f}", f"{1e3 * x['floor_seconds']:.3f}"
+        lines.append([x["path"], x["what"], x["floor"], ours, floor, f"{x['ratio']:.2f}", more])
+    widths = [max(len(line[i]) for line in lines) for i in range(6)]
+    lines.insert(1, ["-" * width for width in widths] + ["---"])
+    out = []
+    for *cells, more in lines:
+        cells = [text.ljust(width) for text, width in zip(cells, widths)]
+        out.append("| " + " | ".join([*cells, more]) + " |")
+    return out
 
 
-def in_a_process(world, settings, make, *args):
-    """make(world, *args), which gives a function, and that function in a process of its own, so that nothing done to this one (freed memory
-    that stays) is done to it. Returns (a function that has it run and returns its result as a float, a function that ends the process).
-    settings: of the script that `make` stands in."""
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, world, settings, make, args), daemon=True)
+def in_a_process(make, *args):
+    """The function that make(*args) returns, run in a process of its own.
+
+    Nothing done to this process, such as keeping freed memory, is done to that one. Returns a function that
+    runs it there and returns its result as a float, and a function that ends the process.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(there, make, args), daemon=True)
     process.start()
-    there.close()  # so that the end of the process is the end of the pipe
+    there.close()  # so that the pipe ends when the process does
 
-    def run():
+    def call():
         here.send(True)
         return here.recv()
 
-    return run, process.kill
+    return call, process.kill
 
 
-def serve(pipe, world, settings, make, args):
-    make.__globals__.update(settings)
-    function = make(world, *args)
+def serve(pipe, make, args):
+    function = make(*args)
     while pipe.recv():
-        value = float(function())
-        synchronize(world.device)
-        pipe.send(value)
+        pipe.send(float(function()))  # float waits for the device

@@ -1,469 +1,330 @@
 """
-Fault trials: programs killed, stopped, on a full disk, at random moments, then driven to the end. What comes out must be an undisturbed run's.
+Kills, stops and fills the disk of our programs at random moments: what comes out must be as if undisturbed.
 
     python tests/trials/faults.py                                   # all trials
-    python tests/trials/faults.py train_lm --kills=100 --seed=0     # one: kills of train_lm.py; some five minutes on a core
-    unshare -rm python tests/trials/faults.py disk                  # as root without unshare: a small tmpfs is mounted
+    python tests/trials/faults.py train_lm --kills=100 --seed=0     # one; some five minutes on a core
+    unshare -rm python tests/trials/faults.py disk                  # it mounts a tmpfs; root needs no unshare
 
-Trials: train_lm, train_vit, prepare_pile, prepare_imagenet, sweep (SIGKILL); all but sweep: saves (SIGKILL as soon as a file is being
-replaced), signals (SIGTERM and SIGINT), disk (it fills up); torchrun (two processes, one of them killed, --max-restarts; and SIGTERM or Ctrl-C).
+Trials:
+    train_lm, train_vit, prepare_pile, prepare_imagenet, sweep      SIGKILL
+    saves       SIGKILL as soon as a file is being replaced         of each program but sweep
+    signals     SIGTERM and SIGINT                                  of each program but sweep
+    disk        fills up, and has room again at the next start      of each program but sweep
+    torchrun    two processes, one of them is killed, --max-restarts=3; or SIGTERM, or Ctrl-C
 
-A kill comes at a moment drawn uniformly over the time that an undisturbed run takes, counted from the last start: so in imports of
-scripts, loading, training, saving and at the end. The run is started again by the same command until it ends by itself, then its files are
-compared and the next begins. Processes are forked from this one, which has torch imported, and run the script as __main__ (a real death,
-without seconds of imports); where ten faults or more are asked for every tenth is the command line itself. Half of the kills hit the
-process and all that it started, half the process alone: its workers must go too.
+A fault comes at a moment drawn uniformly over the time of an undisturbed run, counted from the last start: it
+hits imports, loading, training, saving and the end. The same command starts the program again until it ends
+by itself. Half of the kills hit the process and all that it has started, half the process alone: its workers
+must end too. Programs are forks of this process, which has imported torch, and die as any process does. Where
+ten faults or more are asked for, every tenth is `python SCRIPT` itself.
 
-Compared to the byte: token and pixel files, records, meta.json, tables; every tensor and number of ckpt.pt and step_*.pt; log.jsonl, result.json.
-Left out: seconds, tokens_per_s, images_per_s, mfu (time), out_dir (the place), log_bytes (the length of lines with times in them), output.log.
-Writes results/trust/faults.csv, a row for each trial and seed; exit 1 where anything failed.
+Compared to the byte: token and pixel files, records, meta.json, tables, every tensor and number of ckpt.pt
+and step_*.pt, log.jsonl and result.json; not times, speeds and places. Writes OUT_DIR/faults.csv, a row for
+each trial and seed. Exit 1 where anything failed.
 """
 import csv
 import functools
-import itertools
-import json
 import math
 import os
 import pathlib
 import random
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
-from typing import NamedTuple
 
-REPO = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO))
-os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", MPLBACKEND="Agg")  # before torch: sums in the same order
+# before torch is imported
+os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", MPLBACKEND="Agg")
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-import numpy as np
 import torch
-import torch._dynamo  # noqa: F401  torch.optim loads it: a second of every start
-from PIL import Image
+
+# imported here so that a fork need not
+import torch._dynamo  # noqa: F401
+from processes import family, fill_disk, is_saving, kill, start, still_alive, wait
+from programs import differences, programs
 
 import model  # noqa: F401
 from configurator import configure
-from nanorank import images, spectra, text_files  # noqa: F401
+from nanorank import images, run  # noqa: F401
 from nanorank.console import time_left
-from nanorank.errors import user_errors
+from nanorank.errors import UserError, user_errors
 from nanorank.files import write_atomic
 
-# --------------------------------------------------------------------------------------------------------------- settings
-kills = 100                     # kills of each program; a fifth of it in the trials saves, signals, torchrun and disk
+# -----------------------------------------------------------------------------
+kills = 100                     # kills of each program; a fifth of it in saves, signals, torchrun and disk
 seed = 0                        # of the moments
 out_dir = "results/trust"       # where faults.csv goes
-# ------------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 KILLED = ("train_lm", "train_vit", "prepare_pile", "prepare_imagenet")
 TRIALS = (*KILLED, "sweep", "saves", "signals", "torchrun", "disk")
-TIMES = ("seconds", "tokens_per_s", "images_per_s", "mfu", "log_bytes", "out_dir")
-STEPS = {"max_iters": 60, "warmup_iters": 5, "eval_interval": 10, "log_interval": 5, "rank_interval": 10, "snapshot_steps": "every:20",
-         "eval_iters": 2, "n_layer": 2, "n_head": 2, "n_embd": 32, "batch_size": 4, "total_batch_size": 8, "device": "cpu", "dropout": 0.1}
 
-
-class Program(NamedTuple):
-    """A script to trouble: args(folder) is its command line behind `python`, files(folder) what must come out, {name: bytes or text}; `saved`
-    is a pattern of the files that its first save leaves."""
-    name: str
-    args: Callable
-    files: Callable
-    saved: str
-
-# ------------------------------------------------------------------------------------------------------- programs and files
-
-def programs(work):
-    """{name: Program}, and their inputs, made in the folder `work`: some text, some pictures."""
-    text, rng = work / "text", np.random.default_rng(0)
-    text.mkdir()
-    source = (REPO / "prepare_pile.py").read_text() + (REPO / "sweep.py").read_text()
-    for i in range(200):
-        lines = [json.dumps({"text": source[at:at + 600]}) for at in rng.integers(0, len(source) - 600, 60)]
-        (text / f"{i:03d}.jsonl").write_text("\n".join(lines) + "\n")
-    for i in range(3000):
-        (work / "pictures" / f"c{i % 5}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (40, 30 + i % 20, 3), dtype=np.uint8)).save(work / "pictures" / f"c{i % 5}" / f"{i}.png")
-    # the interval between safe points is short beside the whole
-    pile = {"source": text, "tokenizer": "byte", "shard_tokens": 1_000_000, "safe_interval": 0.02, "workers": 2, "val_fraction": 0.003,
-            "test_fraction": 0.003, "dataset": "made"}
-    imagenet = {"source": work / "pictures", "short_side": 24, "val_fraction": 0.02, "test_fraction": 0.03, "safe_interval": 0.02,
-                "workers": 2, "dataset": "made"}
-    lm = {**STEPS, "dataset": "made", "data_dir": work / "prepare_pile", "block_size": 32}
-    vit = {**STEPS, "dataset": "made", "data_dir": work / "prepare_imagenet", "image_size": 16, "patch_size": 4}
-    sweep = {"fixed": " ".join(flags({**lm, "max_iters": 10})), "configs": "config/demo.py", "grid": "attn_wd=0,1", "jobs": 2, "figure": False}
-    made = {
-        "prepare_pile": Program("prepare_pile", lambda at: ["prepare_pile.py", *flags({**pile, "data_dir": at})], all_files, "made/part_*.json"),
-        "prepare_imagenet": Program("prepare_imagenet", lambda at: ["prepare_imagenet.py", *flags({**imagenet, "data_dir": at})], all_files,
-                                    "made/part.json"),
-        "train_lm": Program("train_lm", lambda at: ["train_lm.py", *flags({**lm, "init_from": "auto", "out_dir": at})], run_files, "ckpt.pt"),
-        "train_vit": Program("train_vit", lambda at: ["train_vit.py", *flags({**vit, "init_from": "auto", "out_dir": at})], run_files, "ckpt.pt"),
-        "sweep": Program("sweep", lambda at: ["sweep.py", *flags({**sweep, "out_dir": at})], sweep_files, "*/ckpt.pt")}
-    for name in ("prepare_pile", "prepare_imagenet"):  # undisturbed: what the trainers read
-        whole(made[name], work)
-    return made
-
-
-def flags(settings):
-    return [f"--{name}={value}" for name, value in settings.items()]
-
-
-def all_files(folder):
-    """Every file to the byte, but for lock files."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"
-            and path.name != ".lock"}
-
-
-def run_files(folder):
-    """What a trainer leaves, without times and places; names of files alone where they are the source."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".pt":
-            found[path.name] = plain(torch.load(path, weights_only=True))
-        elif path.name == "result.json":
-            found[path.name] = plain(json.loads(path.read_text()))
-        elif path.name == "log.jsonl":
-            lines = map(json.loads, path.read_text().splitlines())
-            # a signal has the steps since the last line reported: one line more
-            found[path.name] = plain([line for line in lines if "train_loss" not in line or (line["step"] + 1) % STEPS["log_interval"] == 0])
-        else:
-            found[path.name] = sorted(os.listdir(path)) if path.is_dir() else ""
-    return found
-
-
-def plain(x):
-    """A checkpoint or JSON as what compares to the bit: tensors as dtype, shape and bytes, TIMES left out."""
-    if isinstance(x, torch.Tensor):
-        return str(x.dtype), tuple(x.shape), x.contiguous().view(torch.uint8).numpy().tobytes() if x.dim() else repr(x.item())
-    if isinstance(x, dict):
-        return {name: plain(value) for name, value in x.items() if name not in TIMES}
-    return [plain(value) for value in x] if isinstance(x, (list, tuple)) else repr(x)
-
-
-def sweep_files(folder):
-    """Tables, without the seconds, and every run."""
-    found = {f"{cell.name}/{name}": data for cell in folder.iterdir() if cell.is_dir() for name, data in run_files(cell).items()}
-    with open(folder / "sweep.csv", newline="") as file:
-        found["sweep.csv"] = [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
-    found.update({name: (folder / name).read_text() for name in ("curves.csv", "table.md")})
-    return found
-
-
-def differences(want, got, where=""):
-    """Where two runs' files (dicts of dicts, lists, bytes ...) are not the same, one more or one less included: a list of paths into them."""
-    if isinstance(want, dict) and isinstance(got, dict):
-        return [path for name in {**want, **got} for path in differences(want.get(name), got.get(name), f"{where}/{name}")]
-    if isinstance(want, list) and isinstance(got, list) and len(want) == len(got):
-        return [path for i, pair in enumerate(zip(want, got)) for path in differences(*pair, f"{where}/{i}")]
-    return [] if want == got else [f"{where}: {str(want)[:60]} is {str(got)[:60]}"]
-
-# ------------------------------------------------------------------------------------------------------ processes and deaths
-
-def start(args, log, real=False):
-    """Starts `python ARGS` in the repository, in a session of its own, output to the file `log`; returns its pid. real: an interpreter of its own;
-    else a fork of this process that runs the script as __main__."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        os.setsid()
-        os.chdir(REPO)
-        to, null = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), os.open(os.devnull, os.O_RDONLY)
-        for number, file in enumerate((null, to, to)):
-            os.dup2(file, number)
-        if real:
-            os.execv(sys.executable, [sys.executable, *args])
-        sys.argv = args
-        runpy.run_path(args[0], run_name="__main__")
-        status = 0
-    except SystemExit as end:
-        status = end.code or 0
-    except KeyboardInterrupt:  # before the script looks after it
-        status = 128 + signal.SIGINT
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status if isinstance(status, int) else 1)
-
-
-def wait(pid, seconds, until=None):
-    """The exit status of a child as subprocess has it, None where it lives on after so many seconds or when until() is true."""
-    deadline = time.monotonic() + seconds
-    while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() >= deadline or until and until():
-            return None
-        time.sleep(min(0.0002 if until else 0.002, max(0.0, deadline - time.monotonic())))
-
-
-def family(pid):
-    """pids of a process and of all that came of it, itself first."""
-    children = {}
-    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
-        except OSError:
-            continue
-        if state != "Z":
-            children.setdefault(int(parent), []).append(int(path.parent.name))
-    found = [pid]
-    for parent in found:
-        found += children.get(parent, [])
-    return found
-
-
-def alive(pid):
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def kill(pids, number=signal.SIGKILL):
-    for pid in pids:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            pass
-
-
-def gone(pids, seconds=20):
-    """Those of these processes that still live after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while (left := [pid for pid in pids if alive(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return left
-
-
-def in_a_save(folder):
-    """Whether a file is just being written that is to replace another (files.write_atomic)."""
-    return any(re.search(r"\.tmp\d+$", name) for _, _, names in os.walk(folder) for name in names)
-
-
-@functools.cache
-def whole(program, work, real=False):
-    """(files of an undisturbed run, seconds that it took), a forked one or the command line; in work/NAME, where the trainers find their data."""
-    folder, log = work / (program.name + "_real" * real), work / f"{program.name}.log"
-    began = time.monotonic()
-    if status := wait(start(program.args(folder), log, real), math.inf):
-        raise SystemExit(f"{program.name} ends with {status} undisturbed: {log.read_text()[-2000:]}")
-    return program.files(folder), time.monotonic() - began
-
-# ------------------------------------------------------------------------------------------------------------------- trials
 
 class Tally:
-    """The row of a trial, and its progress on the terminal."""
+    """The row of a trial in faults.csv, and its progress on the terminal."""
 
-    def __init__(self, trial, faults):
-        self.row = {"trial": trial, "seed": seed, "faults": 0, "survived": 0, "runs": 0, "restarts": 0, "before_first_save": 0, "in_a_save": 0,
-                    "command_line": 0, "seconds_undisturbed": 0.0, "seconds": 0.0, "failures": 0}
-        self.faults, self.began, self.spoke, self.open = faults, time.monotonic(), time.monotonic(), 0
+    def __init__(self, trial, n_faults):
+        counts = ("faults", "survived", "runs", "restarts", "before_first_save", "in_a_save", "command_line")
+        self.row = {"trial": trial, "seed": seed, **dict.fromkeys(counts, 0)}
+        self.row.update(seconds_undisturbed=0.0, seconds=0.0, failures=0)
+        self.n_faults = n_faults
+        self.began = self.spoke = time.monotonic()
+        self.n_in_this_run = 0
 
     def more(self):
-        return self.row["faults"] < self.faults
+        return self.row["faults"] < self.n_faults
 
-    def fault(self, program, folder, real):
-        """Counts a fault that hit, by what it left on disk."""
+    def fault(self, program, folder, on_command_line):
+        """Counts a fault by what it left on disk."""
         self.row["faults"] += 1
-        self.open += 1
-        self.row["command_line"] += real
-        self.row["before_first_save"] += not any(folder.glob(program.saved))
-        self.row["in_a_save"] += in_a_save(folder)
-        done, spent = self.row["faults"], time.monotonic() - self.began
-        if time.monotonic() - self.spoke > 10:
-            self.spoke = time.monotonic()
-            print(f"  {self.row['trial']}: {done} of {self.faults}, {self.row['failures']} failures, "
-                  f"{time_left(spent / done * (self.faults - done))} left", flush=True)
+        self.n_in_this_run += 1
+        self.row["command_line"] += on_command_line
+        self.row["before_first_save"] += not any(folder.glob(program.first_save))
+        self.row["in_a_save"] += is_saving(folder)
+        now = time.monotonic()
+        if now - self.spoke > 10:
+            self.spoke = now
+            done = self.row["faults"]
+            left = time_left((now - self.began) / done * (self.n_faults - done))
+            print(f"  {self.row['trial']}: {done} of {self.n_faults}, {self.row['failures']} failures, "
+                  f"{left} left", flush=True)
 
-    def end(self, wrong):
-        """A run came to its end: all faults in it are survived unless something is wrong."""
+    def end_run(self, wrong):
+        """The program has ended by itself. wrong: what is amiss; empty: all its faults are survived."""
         self.row["runs"] += 1
-        self.row["failures"] += bool(wrong)
-        self.row["survived"] += 0 if wrong else self.open
-        self.open = 0
         if wrong:
+            self.row["failures"] += 1
             print(f"  {self.row['trial']} FAILED: {wrong}", flush=True)
+        else:
+            self.row["survived"] += self.n_in_this_run
+        self.n_in_this_run = 0
 
     def done(self):
         self.row["seconds"] = round(time.monotonic() - self.began, 1)
-        print("{trial}, seed {seed}: {survived} of {faults} survived in {runs} runs with {restarts} restarts; {before_first_save} before the "
-              "first save, {in_a_save} in one; {command_line} on the command line; {seconds_undisturbed} s undisturbed, {seconds} s in all"
-              .format(**self.row), flush=True)
+        said = ("{trial}, seed {seed}: {survived} of {faults} survived in {runs} runs with {restarts} "
+                "restarts; {before_first_save} before the first save, {in_a_save} in one; {command_line} on "
+                "the command line; {seconds_undisturbed} s undisturbed, {seconds} s in all")
+        print(said.format(**self.row), flush=True)
         return self.row
 
 
-def trouble(program, work, faults, numbers=(signal.SIGKILL,), trial="", aimed=False):
-    """Hits a program with signals at random moments, or (`aimed`) in the save that comes next, until there were so many; returns the row."""
-    tally, rng = Tally(trial or program.name, faults), random.Random(f"{seed} {trial} {program.name}")
-    (want, seconds), log = whole(program, work), work / f"{program.name}.log"
-    again, seconds_real = whole(program, work, real=True) if faults >= 10 else (want, seconds)
+@functools.cache
+def undisturbed(program, work, on_command_line=False):
+    """(files, seconds) of an undisturbed run, in work/NAME, where the trainers find their data."""
+    folder = work / (f"{program.name}_command_line" if on_command_line else program.name)
+    log = work / f"{program.name}.log"
+    began = time.monotonic()
+    status = wait(start(program.args(folder), log, on_command_line), math.inf)
+    if status:
+        raise SystemExit(f"{program.name} ends with {status} undisturbed: {log.read_text()[-2000:]}")
+    return program.files(folder), time.monotonic() - began
+
+
+def empty_folder(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+# ------------------------------------------------------------- kills and signals
+
+def trouble(program, work, n_faults, signals=(signal.SIGKILL,), trial="", in_saves=False):
+    """Hits a program n_faults times, at random moments or in the save that comes next. Returns the row."""
+    tally = Tally(trial or program.name, n_faults)
+    rng = random.Random(f"{seed} {trial} {program.name}")
+    expected, seconds = undisturbed(program, work)
+    seconds_of = {False: seconds}  # on the command line or not
+    if n_faults >= 10:
+        again, seconds_of[True] = undisturbed(program, work, on_command_line=True)
+        differ = differences(expected, again)
+        if differ:
+            tally.end_run(f"two undisturbed runs differ in {differ}")
     tally.row["seconds_undisturbed"] = round(seconds, 2)
-    if wrong := differences(want, again):
-        tally.end(f"two undisturbed runs differ in {wrong}")
     while tally.more():
-        folder, wrong = work / "troubled", ""
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder = empty_folder(work / "troubled")
+        log = work / f"{program.name}.log"
         log.unlink(missing_ok=True)
-        for attempt in itertools.count():
-            tally.row["restarts"] += attempt > 0
-            real, alone, number = rng.random() < 0.1 and faults >= 10, rng.random() < 0.5, rng.choice(numbers)
-            moment = rng.uniform(0, seconds_real if real else seconds)
-            pid = start(program.args(folder), log, real)
-            status = wait(pid, moment if tally.more() else 600)
-            if status is None and aimed:
-                status = wait(pid, 60, lambda: in_a_save(folder))  # noqa: B023
-            if status is None:
-                everyone = family(pid)
-                kill(everyone if number == signal.SIGKILL and not alone else [pid], number)
-                status = wait(pid, 60)
-                tally.fault(program, folder, real)
-                orphans = everyone[1:] if program.name != "sweep" else []  # a sweep's trainers go on, and are found at work
-                if status is None or (left := gone(orphans)):
-                    wrong = f"signal {number} at {moment:.2f} s did not end {'it' if status is None else f'its workers {left}'}"
-                    kill(everyone)
-                elif number == signal.SIGKILL:
-                    continue
-                elif status in (128 + number, -number):  # saved, or not yet begun
-                    continue
-            busy = program.name == "sweep" and status == 1 and "another sweep's trainer is at work" in log.read_text()[-2000:]
-            if busy:
-                time.sleep(0.5)
-                continue
-            wrong = wrong or (f"ended with {status}: {log.read_text()[-1000:]}" if status else "")
-            break
-        wrong = wrong or ", ".join(differences(want, program.files(folder)))
-        tally.end(wrong)
+        wrong = drive(program, folder, log, tally, rng, seconds_of, signals, in_saves)
+        tally.end_run(wrong or ", ".join(differences(expected, program.files(folder))))
     return tally.done()
 
 
-def disk_full(program, work, faults):
-    """A disk that fills up at a random moment of a run, and has room again before the next start."""
-    tally, rng = Tally(f"disk: {program.name}", faults), random.Random(f"{seed} disk {program.name}")
-    (want, seconds), log, disk = whole(program, work), work / f"{program.name}.log", work / "disk"
+def drive(program, folder, log, tally, rng, seconds_of, signals, in_saves):
+    """Starts a program again after each fault until it ends by itself. Returns what is wrong, or ""."""
+    is_sweep = program.name == "sweep"
+    n_starts = 0
+    while True:
+        tally.row["restarts"] += n_starts > 0
+        n_starts += 1
+        on_command_line = True in seconds_of and rng.random() < 0.1
+        alone = rng.random() < 0.5
+        signum = rng.choice(signals)
+        moment = rng.uniform(0, seconds_of[on_command_line])
+        last = not tally.more()
+
+        pid = start(program.args(folder), log, on_command_line)
+        status = wait(pid, 600 if last else moment)
+        if status is None and in_saves and not last:
+            status = wait(pid, 60, until=lambda: is_saving(folder))
+        if status is None:
+            everyone = family(pid)
+            kill(everyone if signum == signal.SIGKILL and not alone else [pid], signum)
+            status = wait(pid, 60)
+            if last:
+                kill(everyone)
+                return "did not end by itself in 600 s"
+            tally.fault(program, folder, on_command_line)
+            # the trainers of a killed sweep go on; the next sweep finds them at work
+            orphans = [] if is_sweep else still_alive(everyone[1:])
+            if status is None or orphans:
+                kill(everyone)
+                whom = f"its workers {orphans}" if orphans else "it"
+                return f"signal {signum} at {moment:.2f} s did not end {whom}"
+            stopped = status in (128 + signum, -signum)  # saved, or not yet begun
+            if signum == signal.SIGKILL or stopped:
+                continue
+        elif is_sweep and status == 1 and "trainer is at work" in log.read_text()[-2000:]:
+            time.sleep(0.5)
+            continue
+        return f"ended with {status}: {log.read_text()[-1000:]}" if status else ""
+
+
+# -------------------------------------------------------------------- full disk
+
+def disk_full(program, work, n_faults):
+    """A disk fills up at a random moment of a run, and has room again before the next start."""
+    tally = Tally(f"disk: {program.name}", n_faults)
+    rng = random.Random(f"{seed} disk {program.name}")
+    expected, seconds = undisturbed(program, work)
     tally.row["seconds_undisturbed"] = round(seconds, 2)
+    disk = work / "disk"
+    disk.mkdir(exist_ok=True)
     while tally.more():
-        disk.mkdir(exist_ok=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "nanorank", str(disk)], check=True)
+        tmpfs = ["-t", "tmpfs", "-o", "size=64m", "nanorank"]
+        subprocess.run(["mount", *tmpfs, str(disk)], check=True)
         try:
-            folder, filler, wrong, status = disk / "out", disk / "filler", "", 1
-            folder.mkdir()
-            for attempt in itertools.count():
-                tally.row["restarts"] += attempt > 0
-                log.unlink(missing_ok=True)
-                pid = start(program.args(folder), log)
-                status = wait(pid, rng.uniform(0, seconds) if tally.more() else 600)
-                if status is None:
-                    fill(filler, keep=rng.choice((0, rng.randrange(1 << 18))))
-                    status = wait(pid, 60)
-                    filler.unlink()
-                    if status != 0:
-                        tally.fault(program, folder, False)
-                if status == 0:
-                    break
-                said = [line for line in re.split(r"[\r\n]", log.read_text()) if "No space left" in line or "GB are needed" in line]
-                ahead = status == 2 and "GB are needed" in "".join(said)  # prepare_imagenet looks before it begins
-                fine = len(said) == 1 and str(disk) in said[0] and (ahead or status == 1 and "mended" in said[0])
-                if not fine or "Traceback" in log.read_text() or "Exception" in log.read_text():
-                    wrong = f"ended with {status}: {log.read_text()[-1500:]}"
-                    kill(family(pid) if status is None else [])
-                    break
-                for path in folder.glob("*.pt"):
-                    torch.load(path, weights_only=True)  # whole
-            tally.end(wrong or ", ".join(differences(want, program.files(folder))))
+            wrong = drive_on_full_disk(program, work, tally, rng, seconds)
+            tally.end_run(wrong or ", ".join(differences(expected, program.files(disk / "out"))))
         finally:
             subprocess.run(["umount", str(disk)], check=True)
     return tally.done()
 
 
-def fill(path, keep):
-    """Fills the disk that `path` is on but for so many bytes."""
-    with open(path, "wb", buffering=0) as file:
-        try:
-            while file.write(bytes(1 << 16)):
-                pass
-        except OSError:
-            file.truncate(max(0, file.tell() - keep))
-
-
-def torchrun_killed(program, work, faults):
-    """Two processes under torchrun; one of them is killed and torchrun starts both again, or all get a Ctrl-C or torchrun SIGTERM, and it is
-    started again."""
-    tally, rng = Tally("torchrun", faults), random.Random(f"{seed} torchrun")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
-    program = program._replace(name="torchrun", args=lambda at, args=program.args: [*launcher, *args(at), "--max_iters=300"])
-    (want, seconds), log = whole(program, work, real=True), work / "torchrun.log"
-    tally.row["seconds_undisturbed"] = round(seconds, 2)
-    while tally.more():
-        folder = work / "troubled"
-        shutil.rmtree(folder, ignore_errors=True)
+def drive_on_full_disk(program, work, tally, rng, seconds):
+    """Starts a program again after each full disk until it ends by itself. Returns what is wrong, or ""."""
+    log, folder, filler = work / f"{program.name}.log", work / "disk" / "out", work / "disk" / "filler"
+    folder.mkdir()
+    n_starts = 0
+    while True:
+        tally.row["restarts"] += n_starts > 0
+        n_starts += 1
         log.unlink(missing_ok=True)
-        folder.mkdir()
-        for attempt in itertools.count():
-            tally.row["restarts"] += attempt > 0
-            pid, status, stopped = start(program.args(folder), log, real=True), None, False
-            for hit in range(4):  # three restarts, then the end
-                status = wait(pid, rng.uniform(1, seconds) if tally.more() and hit < 3 else 120)
-                if status is not None:
-                    break
-                if not (workers := family(pid)[1:]):  # torchrun itself is just beginning
-                    continue
-                stopped = rng.random() < 0.4
-                if stopped and rng.random() < 0.5:
-                    os.killpg(pid, signal.SIGINT)  # a terminal's Ctrl-C: torchrun hands it on to those that have it already
-                else:
-                    kill([pid] if stopped else [rng.choice(workers)], signal.SIGTERM if stopped else signal.SIGKILL)
-                tally.fault(program, folder, True)
-                tally.row["restarts"] += not stopped
-                if stopped:
-                    status = wait(pid, 60)
-                    break
+        pid = start(program.args(folder), log)
+        status = wait(pid, rng.uniform(0, seconds) if tally.more() else 600)
+        if status is None:
+            fill_disk(filler, keep=rng.choice((0, rng.randrange(1 << 18))))
+            status = wait(pid, 60)
+            filler.unlink()
+            if status != 0:
+                tally.fault(program, folder, False)
+        if status == 0:
+            return ""
+        if not named_the_disk(status, log.read_text(), folder.parent):
             if status is None:
                 kill(family(pid))
-                wait(pid, 60)
-            if not stopped or status is None:
-                break
-        said = [line for line in log.read_text().splitlines() if re.search(r"^train_lm|Error|Sending|failed|signal", line)]
-        wrong = f"ended with {status}:\n" + "\n".join(said) if status != 0 else ", ".join(differences(want, program.files(folder)))
-        tally.end(wrong)
+            return f"ended with {status}: {log.read_text()[-1500:]}"
+        for path in folder.glob("*.pt"):
+            torch.load(path, weights_only=True)  # raises where it is not whole
+
+
+def named_the_disk(status, output, disk):
+    """Whether a program has ended with one line that names the full disk, and without a traceback."""
+    lines = re.split(r"[\r\n]", output)
+    said = [line for line in lines if "No space left" in line or "GB are needed" in line]
+    if len(said) != 1 or str(disk) not in said[0] or "Traceback" in output or "Exception" in output:
+        return False
+    if "GB are needed" in said[0]:  # prepare_imagenet looks before it begins
+        return status in (1, 2)
+    return status == 1 and "mended" in said[0]
+
+
+# --------------------------------------------------------------------- torchrun
+
+def torchrun(program, work, n_faults):
+    """Two processes: one is killed and torchrun restarts both, or all are stopped and started again."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
+    command = (*launcher, *program.command, "--max_iters=300")
+    program = program._replace(name="torchrun", command=command)
+    tally = Tally("torchrun", n_faults)
+    rng = random.Random(f"{seed} torchrun")
+    expected, seconds = undisturbed(program, work, on_command_line=True)
+    tally.row["seconds_undisturbed"] = round(seconds, 2)
+    while tally.more():
+        folder = empty_folder(work / "troubled")
+        log = work / "torchrun.log"
+        log.unlink(missing_ok=True)
+        status, n_starts = "stopped", 0
+        while status == "stopped":
+            tally.row["restarts"] += n_starts > 0
+            n_starts += 1
+            status = drive_torchrun(program, folder, log, tally, rng, seconds)
+        if status == 0:
+            tally.end_run(", ".join(differences(expected, program.files(folder))))
+        else:
+            said = [line for line in log.read_text().splitlines()
+                    if re.search("^train_lm|Error|Sending|failed|signal", line)]
+            tally.end_run(f"ended with {status}:\n" + "\n".join(said))
     return tally.done()
 
 
-def main(trials):
-    with user_errors("faults.py"):
-        if unknown := [trial for trial in trials if trial not in (*TRIALS, "all")]:
-            raise ValueError(f"{unknown[0]!r} is no trial: {', '.join(TRIALS)}, all")
-    trials, rows = TRIALS if not trials or "all" in trials else trials, []
+def drive_torchrun(program, folder, log, tally, rng, seconds):
+    """Starts torchrun and kills up to three workers. Returns its exit status, None where it had to be killed,
+    "stopped" where it was sent a SIGTERM or a Ctrl-C and ended."""
+    pid = start(program.args(folder), log, on_command_line=True)
+    for hit in range(4):  # three restarts, then the end
+        status = wait(pid, rng.uniform(1, seconds) if tally.more() and hit < 3 else 120)
+        if status is not None:
+            return status
+        workers = family(pid)[1:]
+        if not workers:  # torchrun is just beginning
+            continue
+        stop = rng.random() < 0.4
+        if not stop:
+            kill([rng.choice(workers)])
+        elif rng.random() < 0.5:
+            os.killpg(pid, signal.SIGINT)  # Ctrl-C; torchrun passes it on, so its workers get it twice
+        else:
+            kill([pid], signal.SIGTERM)
+        tally.fault(program, folder, True)
+        if stop:
+            if wait(pid, 60) is not None:
+                return "stopped"
+            break
+        tally.row["restarts"] += 1
+    kill(family(pid))
+    wait(pid, 60)
+    return None
+
+
+# ------------------------------------------------------------------------- main
+
+def run_trial(trial, known, work):
+    """The rows of a trial."""
     fewer = math.ceil(kills / 5)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="faults") as work:
-        work = pathlib.Path(work)
-        known = programs(work)
-        for trial in trials:
-            if trial == "saves":
-                rows += [trouble(known[name], work, fewer, trial=f"saves: {name}", aimed=True) for name in KILLED]
-            elif trial == "signals":
-                rows += [trouble(known[name], work, fewer, (signal.SIGTERM, signal.SIGINT), f"signals: {name}") for name in KILLED]
-            elif trial == "disk":
-                rows += [disk_full(known[name], work, fewer) for name in KILLED]
-            elif trial == "torchrun":
-                rows.append(torchrun_killed(known["train_lm"], work, fewer))
-            else:
-                rows.append(trouble(known[trial], work, kills))
-            write(rows)
-    lost = sum(row["failures"] for row in rows)
-    print(f"{sum(row['survived'] for row in rows)} of {sum(row['faults'] for row in rows)} faults survived, {lost} failures")
-    raise SystemExit(1 if lost else 0)
+    if trial == "torchrun":
+        return [torchrun(known["train_lm"], work, fewer)]
+    if trial == "disk":
+        return [disk_full(known[name], work, fewer) for name in KILLED]
+    if trial == "saves":
+        return [trouble(known[name], work, fewer, trial=f"saves: {name}", in_saves=True) for name in KILLED]
+    if trial == "signals":
+        signals = (signal.SIGTERM, signal.SIGINT)
+        return [trouble(known[name], work, fewer, signals, f"signals: {name}") for name in KILLED]
+    return [trouble(known[trial], work, kills)]
 
 
 def write(rows):
@@ -473,11 +334,41 @@ def write(rows):
     table = {}
     if path.exists():
         with open(path, newline="") as file:
-            table = {(row["trial"], row["seed"]): row for row in csv.DictReader(file)}
-    table.update({(row["trial"], str(row["seed"])): row for row in rows})
-    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in table.values())]
+            for row in csv.DictReader(file):
+                table[row["trial"], row["seed"]] = row
+    for row in rows:
+        table[row["trial"], str(row["seed"])] = row
+    lines = [",".join(rows[0])]
+    for row in table.values():
+        lines.append(",".join(str(x) for x in row.values()))
     write_atomic(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
+def main(trials):
+    for trial in trials:
+        if trial not in (*TRIALS, "all"):
+            raise UserError(f"{trial!r} is no trial: {', '.join(TRIALS)}, all")
+    if not trials or "all" in trials:
+        trials = TRIALS
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="faults") as work:
+        work = pathlib.Path(work)
+        known = programs(work)
+        for name in ("prepare_pile", "prepare_imagenet"):  # the trainers read their data
+            undisturbed(known[name], work)
+        for trial in trials:
+            rows += run_trial(trial, known, work)
+            write(rows)
+    n_survived = sum(row["survived"] for row in rows)
+    n_faults = sum(row["faults"] for row in rows)
+    n_failures = sum(row["failures"] for row in rows)
+    print(f"{n_survived} of {n_faults} faults survived, {n_failures} failures")
+    if n_failures:
+        raise SystemExit(1)
+
+
 if __name__ == "__main__":
-    main(configure(globals(), "[TRIAL ...]"))
+    chosen = configure(globals(), "[TRIAL ...]")
+    with user_errors(__file__):
+        main(chosen)
