@@ -53,8 +53,8 @@ def write_data(folder, splits, vocab_size=257, dtype="uint16", tokenizer="byte")
     return folder
 
 
-def write_images(folder, split, files):
-    """Writes {name: bytes} of a split of images; returns their entries for meta.json."""
+def write_images(folder, files):
+    """Writes {name: bytes} into a folder of images; returns their entries for meta.json."""
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return [{"name": name, "bytes": len(data), "crc32": crc32(data)} for name, data in files.items()]
@@ -94,7 +94,7 @@ def image_dir(tmp_path_factory):
             index[i] = offset, h, w, label
             offset += len(pixels[-1])
         files = {f"{split}.bin": b"".join(pixels), f"{split}.idx": index.tobytes()}
-        meta["splits"][split] = {"images": n, "files": write_images(folder, split, files)}
+        meta["splits"][split] = {"images": n, "files": write_images(folder, files)}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder.parent
 
