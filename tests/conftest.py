@@ -1,5 +1,7 @@
 """
-Small real data, and scripts run as a user runs them. Nothing is downloaded, nothing outside tmp_path is written.
+Small real data, and scripts run as a user runs them.
+
+Nothing is downloaded, and nothing outside tmp_path is written.
 """
 import contextlib
 import json
@@ -157,7 +159,8 @@ def flags(**settings):
 
 
 def environment(**extra):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline", **extra}
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**os.environ, **threads, "WANDB_MODE": "offline", **extra}
 
 
 def command(*args):

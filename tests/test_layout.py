@@ -1,5 +1,5 @@
 """
-The shape of the repository: six scripts in the root, imports that point down, lines and files of a readable size.
+The shape of the repository: six scripts in the root, imports that point down, readable lines and files.
 """
 import ast
 import graphlib

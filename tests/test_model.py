@@ -1,5 +1,6 @@
 """
-The GPT against Hugging Face's, SDPA against a plain softmax, decay groups and optimizer steps against the formulas.
+The GPT against Hugging Face's, SDPA against a plain softmax, decay groups and optimizer steps
+against the formulas.
 """
 import math
 

@@ -1,5 +1,6 @@
 """
-Batches: a permutation each epoch, the same on any number of processes, every token evaluated once, damage refused.
+Batches: a permutation each epoch, the same on any number of processes; every token evaluated once;
+damage refused.
 """
 import json
 import zlib

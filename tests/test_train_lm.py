@@ -1,5 +1,5 @@
 """
-Runs of train_lm.py against each other: straight, resumed, killed, on two processes; and the mistakes it refuses.
+Runs of train_lm.py against each other: straight, resumed, killed, on two processes; what it refuses.
 """
 import json
 import math
@@ -11,8 +11,23 @@ import time
 
 import pytest
 import torch
-from conftest import (REPO, TINY, assert_same_weights, command, environment, flags, load, log_lines, logged,
-                      one_line_exit_2, refused, script, signalled_in_step, torchrun, write_data)
+from conftest import (
+    REPO,
+    TINY,
+    assert_same_weights,
+    command,
+    environment,
+    flags,
+    load,
+    log_lines,
+    logged,
+    one_line_exit_2,
+    refused,
+    script,
+    signalled_in_step,
+    torchrun,
+    write_data,
+)
 
 import train_lm
 from model import load_gpt
@@ -72,7 +87,8 @@ def test_snapshots_change_nothing(train, tmp_path):
 def tiny(out_dir, data_dir, processes=0, **settings):
     """The command line of a tiny run, under torchrun where processes are given."""
     launcher = torchrun(processes) if processes else [sys.executable]
-    return [*launcher, "train_lm.py", *flags(**{**TINY, "data_dir": data_dir, "out_dir": out_dir, **settings})]
+    settings = {**TINY, "data_dir": data_dir, "out_dir": out_dir, **settings}
+    return [*launcher, "train_lm.py", *flags(**settings)]
 
 
 def test_two_processes_are_one(train, tmp_path, data_dir):
@@ -207,7 +223,7 @@ def test_decay_of_attention_lowers_its_rank_and_nothing_else_differs(train, tmp_
 # ----------------------------------------------------------- settings, schedule
 
 def test_defaults_are_the_papers():
-    """Kobayashi et al. 2024: context 756, batch 128, eps, betas, clipping, and the schedule's three points."""
+    """Kobayashi et al. 2024: context 756, batch 128, eps, betas, clipping, the schedule's three points."""
     published = {"block_size": 756, "total_batch_size": 128, "eps": 1e-8, "beta1": 0.9, "beta2": 0.95,
                  "grad_clip": 1.0, "learning_rate": 1e-3, "warmup_iters": 8000, "optimizer": "adamw",
                  "dataset": "pile"}
@@ -339,7 +355,7 @@ def test_a_hopeless_loss_still_ends_with_a_result(train, tmp_path):
     assert result["test_ppl"] is None and result["test_loss"] > 700
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_good_checkpoint(train, tmp_path, capsys, monkeypatch):
+def test_a_loss_that_is_not_finite_keeps_the_good_checkpoint(train, tmp_path, capsys, monkeypatch):
     forward, calls = train_lm.GPT.forward, []
 
     def poisoned(self, idx, targets=None):

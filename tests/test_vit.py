@@ -9,8 +9,21 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import (assert_same_weights, command, flags, load, log_lines, logged, one_line_exit_2,
-                      refused, run_main, script, signalled_in_step, torchrun, write_images)
+from conftest import (
+    assert_same_weights,
+    command,
+    flags,
+    load,
+    log_lines,
+    logged,
+    one_line_exit_2,
+    refused,
+    run_main,
+    script,
+    signalled_in_step,
+    torchrun,
+    write_images,
+)
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +39,7 @@ SHAPE = {"n_classes": 5, "image_size": 32, "patch_size": 8, "n_layer": 3, "n_hea
 
 
 def vit(**changes):
-    """A ViT whose biases, norms, class token and head are off their initial values, so that a mix-up shows."""
+    """A ViT whose biases, norms and head are off their initial values, so that a mix-up shows."""
     model = ViT(**{**SHAPE, **changes})
     init_weights(model, 0)
     with torch.no_grad():
@@ -249,7 +262,7 @@ def test_rectangles_are_those_of_the_arrays(image_dir):
 @pytest.mark.parametrize("height, width, short_side, size", [
     (256, 341, 256, 224), (375, 500, 256, 224), (40, 33, 32, 32), (12, 90, 16, 14), (64, 64, 64, 64)])
 def test_centre_crops_are_pillows(height, width, short_side, size):
-    """The whole image resized, then cut, as torchvision does it, against the piece that is read and resized."""
+    """The whole image resized, then cut, as torchvision does, against the piece that is read and resized."""
     Image = pytest.importorskip("PIL.Image")
     rng = np.random.default_rng(0)
     array = rng.integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
@@ -339,7 +352,7 @@ def train(image_dir):
 
 
 def test_twenty_steps_are_ten_and_ten(train, tmp_path):
-    """Bitwise, with drop path, dropout, accumulation and every augmentation: weights, optimizer, log, result."""
+    """Bitwise, with drop path, dropout, accumulation and every augmentation."""
     same = {"optimizer": "muon", "dropout": 0.1, "drop_path": 0.2, "total_batch_size": 8}
     straight = train(tmp_path / "straight", **same)
     with signalled_in_step(10), pytest.raises(SystemExit) as stop:
@@ -446,10 +459,10 @@ def test_defaults_are_the_recipes():
     Its decay of 1e-4 is not multiplied by its learning rate of 1e-3, ours is.
     """
     published = {
-        "total_batch_size": 1024, "epochs": 90.0, "learning_rate": 1e-3, "warmup_iters": 10_000, "min_lr": 0.0,
-        "beta1": 0.9, "beta2": 0.999, "grad_clip": 1.0, "mixup": 0.2, "cutmix": 0.0, "randaug_layers": 2,
-        "randaug_magnitude": 10.0, "variant": "S/16", "pool": "gap", "positions": "sincos2d",
-        "image_size": 224, "eval_resize": 256, "flip": 0.5, "crop_area": 0.05, "label_smoothing": 0.0,
+        "total_batch_size": 1024, "epochs": 90.0, "learning_rate": 1e-3, "warmup_iters": 10_000,
+        "min_lr": 0.0, "beta1": 0.9, "beta2": 0.999, "grad_clip": 1.0, "mixup": 0.2, "cutmix": 0.0,
+        "randaug_layers": 2, "randaug_magnitude": 10.0, "variant": "S/16", "pool": "gap",
+        "positions": "sincos2d", "image_size": 224, "eval_resize": 256, "flip": 0.5, "crop_area": 0.05, "label_smoothing": 0.0,
     }
     assert {name: getattr(train_vit, name) for name in published} == published
     for wd in (train_vit.attn_wd, train_vit.mlp_wd):
@@ -513,7 +526,8 @@ def test_eval_only_changes_nothing(train, tmp_path):
 @pytest.mark.slow
 def test_the_demo_config_reaches_what_it_says(tmp_path):
     """Made from scikit-learn's digits on first use."""
-    run = script("train_vit.py", "config/vit_demo.py", f"--out_dir={tmp_path / 'out'}", f"--data_dir={tmp_path}")
+    paths = flags(out_dir=tmp_path / "out", data_dir=tmp_path)
+    run = script("train_vit.py", "config/vit_demo.py", *paths)
     assert run.returncode == 0, run.stderr
     assert json.loads((tmp_path / "out" / "result.json").read_text())["test_acc"] >= 0.95
 
