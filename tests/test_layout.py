@@ -50,7 +50,7 @@ def test_no_line_is_wider_than_110_columns():
         n = sum(len(line) > WIDTH for line in path.read_text().splitlines())
         if n:
             wide[str(path.relative_to(REPO))] = n
-    assert not wide
+    assert not wide, wide
 
 
 @pytest.mark.parametrize("name, most", MOST_LINES.items())

@@ -462,7 +462,8 @@ def test_defaults_are_the_recipes():
         "total_batch_size": 1024, "epochs": 90.0, "learning_rate": 1e-3, "warmup_iters": 10_000,
         "min_lr": 0.0, "beta1": 0.9, "beta2": 0.999, "grad_clip": 1.0, "mixup": 0.2, "cutmix": 0.0,
         "randaug_layers": 2, "randaug_magnitude": 10.0, "variant": "S/16", "pool": "gap",
-        "positions": "sincos2d", "image_size": 224, "eval_resize": 256, "flip": 0.5, "crop_area": 0.05, "label_smoothing": 0.0,
+        "positions": "sincos2d", "image_size": 224, "eval_resize": 256, "flip": 0.5, "crop_area": 0.05,
+        "label_smoothing": 0.0,
     }
     assert {name: getattr(train_vit, name) for name in published} == published
     for wd in (train_vit.attn_wd, train_vit.mlp_wd):
