@@ -26,14 +26,16 @@ def lock_folder(out_dir):
     """
     try:
         os.makedirs(out_dir, exist_ok=True)
-        lock = FileLock(os.path.join(out_dir, ".lock"), blocking=False, is_singleton=True)
+        # soft locks are files: a killed run would leave its own, and lock out the one that resumes it
+        path = os.path.join(out_dir, ".lock")
+        lock = FileLock(path, blocking=False, is_singleton=True, fallback_to_soft=False)
         lock.acquire()
         return lock
     except Timeout:
         raise UserError(f"another run is at work in {out_dir}: --out_dir goes elsewhere") from None
-    except NotImplementedError:  # a file system without locks keeps nobody out
-        return None
     except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+            return None  # a file system without locks keeps nobody out
         if error.errno in (errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM):
             reason = error.strerror
             raise UserError(f"{out_dir} cannot be written to ({reason}): --out_dir goes elsewhere") from None

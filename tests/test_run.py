@@ -1,12 +1,15 @@
 """
 nanorank.run on its own: how a batch is split, and who may use a run's folder.
 """
+import errno
+import os
 import types
 
 import pytest
 from conftest import TINY, assert_same_weights, command, flags, one_line_exit_2, refused, script, torchrun
 
 from nanorank.run import Run
+from nanorank.run_folder import lock_folder
 
 
 def split_batch(total, most, world_size=1, **settings):
@@ -91,3 +94,13 @@ def test_one_process_is_not_locked_out_of_its_folder_but_another_is(tmp_path, da
     assert (out_dir / "result.json").exists()
     # the lock ended with the process
     assert script("train_lm.py", "--overwrite", *args).returncode == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch, code):
+    def flock(file, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert lock_folder(str(tmp_path)) is None
+    assert lock_folder(str(tmp_path)) is None
