@@ -1,0 +1,106 @@
+"""
+nanorank.run on its own: how a batch is split, and who may use a run's folder.
+"""
+import errno
+import os
+import types
+
+import pytest
+from conftest import TINY, assert_same_weights, command, flags, one_line_exit_2, refused, script, torchrun
+
+from nanorank.run import Run
+from nanorank.run_folder import lock_folder
+
+
+def split_batch(total, most, world_size=1, **settings):
+    """(batch_size, grad_accum_steps) of a run."""
+    run = types.SimpleNamespace(world_size=world_size, settings={
+        "total_batch_size": total, "batch_size": most, **settings})
+    Run.split_batch(run)
+    return run.batch_size, run.grad_accum_steps
+
+
+@pytest.mark.parametrize("total, most, world_size, want", [
+    (128, 16, 8, (16, 1)),
+    (128, 16, 1, (16, 8)),
+    (12, 5, 1, (4, 3)),  # the largest divisor of the process's share that fits
+    (12, 5, 2, (3, 2)),
+    (7, 5, 1, (1, 7)),
+    (4, 100, 2, (2, 1)),
+])
+def test_a_micro_step_takes_the_largest_divisor_that_fits(total, most, world_size, want):
+    assert split_batch(total, most, world_size) == want
+
+
+def test_mixup_takes_even_micro_batches():
+    assert split_batch(12, 5, 2, mixup=0.2) == (2, 3)
+    assert split_batch(12, 5, 2, mixup=0.0, cutmix=0.0) == (3, 2)
+    with refused("--batch_size=1 must be even"):
+        split_batch(4, 1, cutmix=1.0)
+    with refused("each process's share of --total_batch_size=6"):  # 3 images a process
+        split_batch(6, 4, 2, mixup=0.2)
+
+
+def test_the_processes_must_divide_the_batch(tmp_path, data_dir):
+    with refused("--total_batch_size=4", "3 processes"):
+        split_batch(4, 4, 3)
+    args = flags(**{**TINY, "data_dir": data_dir, "out_dir": tmp_path / "a"})
+    run = command(*torchrun(3), "train_lm.py", *args)
+    lines = [line for line in run.stderr.splitlines() if line.startswith("train_lm.py:")]
+    assert run.returncode == 1 and len(lines) == 1 and "--total_batch_size=4" in lines[0], run.stderr
+
+
+def test_the_micro_batch_that_runs_is_the_one_that_was_split(train, tmp_path):
+    train(tmp_path / "two", batch_size=2, max_iters=5)
+    train(tmp_path / "three", batch_size=3, max_iters=5)
+    assert_same_weights(tmp_path / "two" / "ckpt.pt", tmp_path / "three" / "ckpt.pt")
+
+
+# A notebook: a mistake, then two runs into the same folder; then another process asks for it.
+TWICE = """
+import subprocess, sys
+import train_lm
+from nanorank.errors import UserError
+
+settings = dict(arg.removeprefix("--").split("=") for arg in sys.argv[1:])
+types = {name: type(getattr(train_lm, name)) for name in settings}
+vars(train_lm).update({name: types[name](text) for name, text in settings.items()})
+train_lm.max_iters = 2
+
+train_lm.optimizer = "lion"
+try:
+    train_lm.main()
+except UserError as error:
+    mistake = error  # keeps the frames of the first call alive, and with them its lock
+train_lm.optimizer = "adamw"
+train_lm.main()
+train_lm.overwrite = True
+train_lm.main()
+
+train_lm.optimizer = "lion"
+try:
+    train_lm.main()
+except UserError as error:
+    mistake = error
+other = subprocess.run([sys.executable, "train_lm.py", "--overwrite", *sys.argv[1:]])
+sys.exit(other.returncode)
+"""
+
+
+def test_one_process_is_not_locked_out_of_its_folder_but_another_is(tmp_path, data_dir):
+    out_dir = tmp_path / "a"
+    args = flags(**{**TINY, "data_dir": data_dir, "out_dir": out_dir})
+    one_line_exit_2(script("-c", TWICE, *args), f"another run is at work in {out_dir}")
+    assert (out_dir / "result.json").exists()
+    # the lock ended with the process
+    assert script("train_lm.py", "--overwrite", *args).returncode == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch, code):
+    def flock(file, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert lock_folder(str(tmp_path)) is None
+    assert lock_folder(str(tmp_path)) is None
