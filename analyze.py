@@ -36,10 +36,10 @@ from nanorank.truncate import save_truncated, truncatable
 
 # what is measured
 out_dir = "out/analysis"    # where the CSV files and the figures go
-threshold = 0.95            # of the threshold rank: rank95 is the smallest k with s_1 + ... + s_k >= 0.95 sum(s)
+threshold = 0.95            # rank95 is the smallest k with s_1 + ... + s_k >= 0.95 sum(s)
 exact = False               # QR of every head: singular values to 1e-13 of the largest instead of 1e-7
 device = "auto"             # where the spectra are computed: auto, cpu, cuda
-norms = True                # norms.csv, which reads all tensors; without it attention's alone (.pt, .bin once whole)
+norms = True                # norms.csv, which reads all tensors; without it attention's alone are read
 # what is shown
 figure = True               # draw the figures (needs matplotlib)
 layers = ""                 # layers in the figure of heads: all, or some as 5,7,9
@@ -52,8 +52,8 @@ pattern = ""                # ends of the names of q,k,v,o (or qkv,o) after the 
 layout = "separate"         # how heads lie in what --pattern names: separate, fused, grouped, conv, lens
 state_dict = ""             # which of several state dicts in a file, by its key
 # truncation of a GPT checkpoint of train_lm.py or nanoGPT
-truncate = 0.0              # cut both products of every head to this threshold rank (1.0 changes nothing), with --save
-save = ""                   # where the truncated checkpoint goes, for train_lm.py --init_from=FILE --eval_only
+truncate = 0.0              # cut both products of every head to this threshold rank, with --save
+save = ""                   # the truncated checkpoint, for train_lm.py --init_from=FILE --eval_only
 
 
 def main(paths):
