@@ -46,7 +46,7 @@ from nanorank.images import ImageSplit
 from nanorank.loss import head_loss
 from nanorank.spectra import summary
 from scripts import bench_paths
-from scripts.timing import Setup, in_a_process, interleaved, peak_memory, row, table
+from scripts.timing import Setup, autocast, in_a_process, interleaved, peak_memory, row, table
 
 # -----------------------------------------------------------------------------
 repeats = 7             # of each contestant, interleaved; medians are printed
@@ -57,12 +57,6 @@ peer = ""               # a checkout of karpathy/nanoGPT: its training step besi
 text = ""               # .jsonl or .jsonl.zst for prepare; empty: this Python's library and packages
 out_dir = "out/bench"   # where bench.json goes
 # -----------------------------------------------------------------------------
-
-
-def autocast(setup):
-    if setup.dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(setup.device.type, setup.dtype)
 
 
 def compiled(model, setup):
