@@ -46,7 +46,7 @@ from nanorank.images import ImageSplit
 from nanorank.loss import head_loss
 from nanorank.spectra import summary
 from scripts import bench_paths
-from scripts.timing import Setup, in_a_process, interleaved, peak_memory, row, table
+from scripts.timing import Setup, autocast, in_a_process, interleaved, peak_memory, row, table
 
 # -----------------------------------------------------------------------------
 repeats = 7             # of each contestant, interleaved; medians are printed
@@ -57,12 +57,6 @@ peer = ""               # a checkout of karpathy/nanoGPT: its training step besi
 text = ""               # .jsonl or .jsonl.zst for prepare; empty: this Python's library and packages
 out_dir = "out/bench"   # where bench.json goes
 # -----------------------------------------------------------------------------
-
-
-def autocast(setup):
-    if setup.dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(setup.device.type, setup.dtype)
 
 
 def compiled(model, setup):
@@ -101,7 +95,7 @@ def train_step(model, setup, inputs, loss_of, wrap=compiled):
 
 
 def nanogpt_step(setup, peer, args, state, inputs):
-    """The same of nanoGPT: the loop of its train.py, its model and optimizer, from our weights."""
+    """The same for nanoGPT: the loop of its train.py, its model and optimizer, from our weights."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(peer, "model.py"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclass looks itself up there
@@ -171,10 +165,10 @@ def random_gpt(args, B, setup):
 
 def bench_step(setup):
     for args, B in shapes(setup):
-        yield from bench_step_of(args, B, setup)
+        yield from bench_gpt(args, B, setup)
 
 
-def bench_step_of(args, B, setup):
+def bench_gpt(args, B, setup):
     model, inputs = random_gpt(args, B, setup)
     state = {name: p.clone() for name, p in model.state_dict().items()}
     step = train_step(model, setup, inputs, lambda out: out[1])
@@ -251,9 +245,8 @@ def bench_vit(setup):
     init_weights(model, 0)
     images = torch.randn(B, 3, 224, 224, device=setup.device)
     labels = torch.zeros(B, dtype=torch.long, device=setup.device)
-    contestants = {
-        "step": train_step(model, setup, (images,), lambda logits: F.cross_entropy(logits.float(), labels)),
-    }
+    step = train_step(model, setup, (images,), lambda logits: F.cross_entropy(logits.float(), labels))
+    contestants = {"step": step}
     if importlib.util.find_spec("timm"):
         contestants["timm"], end_timm = in_a_process(timm_step, setup, images.cpu(), labels.cpu())
     contestants["gemm"], gemm_flops, floor_name = large_gemm(setup)
@@ -292,21 +285,17 @@ def bench_vit(setup):
 
 
 def bench_head(setup):
-    if hasattr(F, "linear_cross_entropy"):  # else head_loss takes the plain way
-        yield bench_head_of(2048, 256, 50304, setup)
-        yield bench_head_of(4096, 768, 50304, setup)
-
-
-def bench_head_of(N, d, V, setup):
-    x = torch.randn(N, d, device=setup.device, requires_grad=True)
-    w = (0.02 * torch.randn(V, d, device=setup.device)).requires_grad_()
-    y = torch.randint(V, (N,), device=setup.device)
-    times = interleaved({
-        "chunked": lambda: head_loss(x, w, y).backward(),
-        "plain": lambda: F.cross_entropy(F.linear(x, w), y, ignore_index=-1).backward(),
-    }, setup)
-    return row("head", f"{N} tokens, {d} wide, {V} ids, chunked", times["chunked"],
-               "plain logits and cross_entropy", times["plain"], logits_MB=N * V * 4 / 2**20)
+    V = 50304
+    for N, d in ((2048, 256), (4096, 768)):
+        x = torch.randn(N, d, device=setup.device, requires_grad=True)
+        w = (0.02 * torch.randn(V, d, device=setup.device)).requires_grad_()
+        y = torch.randint(V, (N,), device=setup.device)
+        times = interleaved({
+            "chunked": lambda x=x, w=w, y=y: head_loss(x, w, y).backward(),
+            "plain": lambda x=x, w=w, y=y: F.cross_entropy(F.linear(x, w), y, ignore_index=-1).backward(),
+        }, setup)
+        yield row("head", f"{N} tokens, {d} wide, {V} ids, chunked", times["chunked"],
+                  "plain logits and cross_entropy", times["plain"], logits_MB=N * V * 4 / 2**20)
 
 
 # ------------------------------------------------------------------------ main

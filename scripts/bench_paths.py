@@ -1,5 +1,5 @@
 """
-What bench.py times beside the training step: start, batches, spectra, checkpoints, preparing text.
+The paths that bench.py times beside the training step, and data for them.
 """
 import contextlib
 import glob

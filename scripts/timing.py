@@ -1,6 +1,7 @@
 """
 Contestants timed in turn, and the rows of a table from their medians.
 """
+import contextlib
 import multiprocessing
 import statistics
 import sys
@@ -20,6 +21,12 @@ class Setup(NamedTuple):
     dtype: torch.dtype
     compile: bool
     repeats: int
+
+
+def autocast(setup):
+    if setup.dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(setup.device.type, setup.dtype)
 
 
 def interleaved(contestants, setup):
