@@ -5,7 +5,6 @@ their initialisation, decay groups and optimizers.
     model = GPT(vocab_size=50304, block_size=756, n_layer=12, n_head=12, n_embd=768)
     _, loss = model(idx, targets)    # mean cross-entropy in nats over targets that are not -1
     model = load_gpt(ckpt)           # our ckpt.pt or nanoGPT's: {"model_args": ..., "model": ...}
-
     model = ViT(n_classes=1000, image_size=224, **vit_size("S/16"))
     logits = model(images)           # images (B, 3, 224, 224) float -> (B, n_classes)
 """
@@ -118,7 +117,7 @@ class GPT(nn.Module):
             self.transformer.wte.weight = self.lm_head.weight
 
     def hidden(self, idx):
-        """What the head reads: idx (B, T) int64 -> (B, T, n_embd)."""
+        """The head's input: idx (B, T) int64 -> (B, T, n_embd)."""
         T = idx.shape[1]
         assert T <= self.args["block_size"], f"{T} tokens, block_size is {self.args['block_size']}"
         t = self.transformer
@@ -185,7 +184,7 @@ class ViT(nn.Module):
         self.head = nn.Linear(n_embd, n_classes)
 
     def hidden(self, images):
-        """What is pooled for the head: images (B, 3, S, S) -> (B, T, n_embd), the class token first."""
+        """Before pooling: images (B, 3, S, S) -> (B, T, n_embd), the class token first."""
         t = self.transformer
         size = self.args["image_size"]
         assert images.shape[1:] == (3, size, size), f"images are {images.shape[1:]}, image_size is {size}"
@@ -267,7 +266,9 @@ def decay_groups(model, attn_wd, mlp_wd, embed_wd):
     """
     groups = {"attn": [], "mlp": [], "embed": [], "none": []}
     for name, p in model.named_parameters():
-        found = [group for group, ends in GROUP_OF.items() if name.endswith(ends)] if p.ndim > 1 else ["none"]
+        found = [group for group, ends in GROUP_OF.items() if name.endswith(ends)]
+        if p.ndim < 2:
+            found = ["none"]
         if len(found) != 1:
             raise UserError(f"parameter {name} belongs to {len(found)} weight-decay groups: "
                             "give it one in model.GROUP_OF")

@@ -12,7 +12,6 @@ The defaults are the language-model settings that Kobayashi et al. 2024 (arXiv 2
 Writes OUT_DIR/ckpt.pt, step_*.pt, log.jsonl, result.json and source/. SIGTERM or Ctrl-C finishes the step
 and saves; --init_from=resume goes on, to the bit on a CPU.
 """
-import itertools
 import math
 import os
 
@@ -105,11 +104,13 @@ def train_batches(split, run, start):
 
     def read(key):
         step, micro_step = key
+        # a step's sequences are dealt out in pieces of B: micro-step by micro-step, rank by rank
         first = step * total_batch_size + (micro_step * run.world_size + run.rank) * B
         return split.sample(seed, first, B)
 
-    steps, micro_steps = range(start, max_iters), range(run.grad_accum_steps)
-    return prefetch(read, itertools.product(steps, micro_steps), run.device)
+    keys = ((step, micro_step) for step in range(start, max_iters)
+            for micro_step in range(run.grad_accum_steps))
+    return prefetch(read, keys, run.device)
 
 
 def get_lr(step):
@@ -131,14 +132,16 @@ def evaluate(net, split, run, n_rows=None):
     batches = prefetch(split.rows, rows, run.device)
     total_loss, n_right, n_targets = 0.0, 0, 0
     net.eval()
-    for x, y in run.watch_eval(batches, len(rows)):
+    for x, y in run.eval_batches(batches, len(rows)):
         n = int((y >= 0).sum())  # padding has target -1
         if n == 0:
             continue
         with run.autocast():
-            total_loss += net(x, y)[1].item() * n
+            _, loss = net(x, y)
+            total_loss += loss.item() * n
             if dataset in TASKS:
-                n_right += int((net(x)[0].argmax(-1) == y).sum())
+                logits, _ = net(x)
+                n_right += int((logits.argmax(-1) == y).sum())
         n_targets += n
     net.train()
     total_loss, n_right, n_targets = all_sum(total_loss, n_right, n_targets)
@@ -199,8 +202,9 @@ def main():
 
     tokens_per_step = total_batch_size * block_size
     flops_per_step = tokens_per_step * flops_per_token(model, block_size)
-    epochs = max_iters * total_batch_size / data["train"].n_windows
-    run.print(f"data: {data['train'].n_tokens:,} train tokens, {epochs:.2f} epochs")
+    train = data["train"]
+    epochs = max_iters * total_batch_size / train.n_windows
+    run.print(f"data: {train.n_tokens:,} train tokens ({train.meta['tokenizer']}), {epochs:.2f} epochs")
     run.banner(groups, get_lr, start, "tokens", tokens_per_step, flops_per_step)
     batches = train_batches(data["train"], run, start)
 
@@ -221,7 +225,7 @@ def main():
         if do_snapshot:
             run.save_weights(step, model)
 
-        # what this repository is about: rank of W_K^T W_Q and P W_V, and norms by group
+        # the point of this repository: rank of W_K^T W_Q and P W_V of every head, and norms by group
         if do_rank and run.master_process:
             ranks = attention_ranks(model)
             norms = group_norms(groups)
@@ -244,7 +248,8 @@ def main():
             if run.ddp:                          # average gradients over processes once a step
                 net.require_backward_grad_sync = micro_step == run.grad_accum_steps - 1
             with run.autocast():
-                loss = net(x, y)[1] / run.grad_accum_steps
+                _, loss = net(x, y)
+                loss = loss / run.grad_accum_steps
             run.scaler.scale(loss).backward()
             train_loss += loss.detach()
 
@@ -268,5 +273,5 @@ def main():
 
 if __name__ == "__main__":
     configure(globals())
-    with exit_codes(__file__, Run):
+    with exit_codes(__file__):
         main()

@@ -14,7 +14,6 @@ Writes OUT_DIR/ckpt.pt, step_*.pt, log.jsonl, result.json and source/. SIGTERM o
 and saves; --init_from=resume goes on, to the bit on a CPU. test_acc in result.json is of the split that
 prepare_imagenet calls test: ImageNet's official 50,000 validation images.
 """
-import itertools
 import math
 import os
 
@@ -135,8 +134,9 @@ def train_batches(split, run, start, n_steps):
         pixels, sizes = split.read(index, boxes)
         return pixels, sizes, split.labels[index]
 
-    steps, micro_steps = range(start, n_steps), range(run.grad_accum_steps)
-    return prefetch(read, itertools.product(steps, micro_steps), run.device)
+    keys = ((step, micro_step) for step in range(start, n_steps)
+            for micro_step in range(run.grad_accum_steps))
+    return prefetch(read, keys, run.device)
 
 
 def to_float(x, meta):
@@ -150,7 +150,7 @@ def to_float(x, meta):
 
 @torch.no_grad()
 def augment(pixels, sizes, labels, numbers, meta):
-    """What the model trains on: images (B, 3, S, S) and targets over classes (B, n_classes)."""
+    """Returns images (B, 3, S, S) and targets over classes (B, n_classes) to train on."""
     x = resize(pixels, sizes, image_size, flip=flips(seed, numbers, flip))
     if randaug_layers:
         x = rand_augment(x, seed, numbers, randaug_layers, randaug_magnitude)
@@ -180,9 +180,9 @@ def evaluate(net, split, run, n_images=None):
         pixels, sizes = split.read(real, boxes)
         return pixels, sizes, parts.astype(np.float32), np.where(index < 0, -1, split.labels[real])
 
-    total_loss, n_top1, n_top5, n = 0.0, 0, 0, 0
+    total_loss, n_top1, n_top5, n_seen = 0.0, 0, 0, 0
     net.eval()
-    for pixels, sizes, parts, labels in run.watch_eval(prefetch(read, rows, run.device), len(rows)):
+    for pixels, sizes, parts, labels in run.eval_batches(prefetch(read, rows, run.device), len(rows)):
         images = to_float(resize(pixels, sizes, image_size, boxes=parts), split.meta)
         with run.autocast():
             logits = net(images).float()
@@ -190,10 +190,10 @@ def evaluate(net, split, run, n_images=None):
         total_loss += F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum").item()
         n_top1 += int(hits[:, 0].sum())
         n_top5 += int(hits.sum())
-        n += int((labels >= 0).sum())
+        n_seen += int((labels >= 0).sum())
     net.train()
-    total_loss, n_top1, n_top5, n = all_sum(total_loss, n_top1, n_top5, n)
-    return {"loss": total_loss / n, "acc": n_top1 / n, "top5": n_top5 / n}
+    total_loss, n_top1, n_top5, n_seen = all_sum(total_loss, n_top1, n_top5, n_seen)
+    return {"loss": total_loss / n_seen, "acc": n_top1 / n_seen, "top5": n_top5 / n_seen}
 
 
 def evaluate_all(net, data, run):
@@ -253,8 +253,8 @@ def main():
                                  run.device.type)
     start, best_val_loss = run.restore(optimizers)           # 0, inf unless resuming
 
-    run.print(f"data: {n_train:,} train images of {len(meta['classes'])} classes, short side "
-              f"{meta['short_side']}; {n_steps} steps are {n_steps * total_batch_size / n_train:.2f} epochs")
+    counts = ", ".join(f"{split.n_images:,} {name}" for name, split in data.items())
+    run.print(f"data: {counts} images; {n_steps * total_batch_size / n_train:.2f} epochs")
     flops_per_step = total_batch_size * flops_per_image(model)
     run.banner(groups, lambda step: get_lr(step, n_steps), start, "images", total_batch_size, flops_per_step)
     batches = train_batches(data["train"], run, start, n_steps)
@@ -276,7 +276,7 @@ def main():
         if do_snapshot:
             run.save_weights(step, model)
 
-        # what this repository is about: rank of W_K^T W_Q and P W_V, and norms by group
+        # the point of this repository: rank of W_K^T W_Q and P W_V of every head, and norms by group
         if do_rank and run.master_process:
             ranks = attention_ranks(model)
             norms = group_norms(groups)
@@ -295,8 +295,9 @@ def main():
         run.begin_step(step)                     # starts the clock, seeds dropout
         train_loss = torch.zeros((), device=run.device)
         for micro_step in range(run.grad_accum_steps):
+            pixels, sizes, labels = next(batches)
             numbers = sample_numbers(step, micro_step, run)
-            images, targets = augment(*next(batches), numbers, meta)
+            images, targets = augment(pixels, sizes, labels, numbers, meta)
             if run.ddp:                          # average gradients over processes once a step
                 net.require_backward_grad_sync = micro_step == run.grad_accum_steps - 1
             with run.autocast():
@@ -326,5 +327,5 @@ def main():
 
 if __name__ == "__main__":
     configure(globals())
-    with exit_codes(__file__, Run):
+    with exit_codes(__file__):
         main()

@@ -1,5 +1,5 @@
 """
-What a script prints, and the signals that it hears.
+Printing from the first process, time left, and signals.
 """
 import os
 import signal

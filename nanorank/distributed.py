@@ -48,12 +48,15 @@ def all_sum(*numbers):
     return total.tolist()
 
 
+training = False  # set by Run: before it all processes fail alike, from then on one may fail alone
+
+
 @contextlib.contextmanager
-def exit_codes(script, run_class):
+def exit_codes(script):
     """At the bottom of a trainer: one line and an exit status for a user's mistake, a disk, a lost process.
 
-    Before training all processes fail alike, and the first of each machine speaks for them. Under torchrun
-    the process ends at once: while Python tidies up, torch's threads abort it now and then.
+    Where all processes fail alike, the first of each machine speaks for them. Under torchrun the process
+    ends at once: while Python tidies up, torch's threads abort it now and then.
     """
     script, code = os.path.basename(script), 0
     try:
@@ -61,10 +64,10 @@ def exit_codes(script, run_class):
     except SystemExit as stop:
         code = stop.code or 0
     except (UserError, OSError, RuntimeError) as error:
-        message, code = explain(error, run_class.training)
+        message, code = explain(error)
         if not message:
             raise
-        if run_class.training or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if training or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"{script}: {message}", file=sys.stderr)
 
     sys.stdout.flush()
@@ -75,7 +78,7 @@ def exit_codes(script, run_class):
         raise SystemExit(code)
 
 
-def explain(error, training):
+def explain(error):
     """(one line, exit status) of an error that is no bug; an empty line for a bug."""
     go_on = "--init_from=resume goes on from the last save" if training else "the same command goes on"
     if isinstance(error, UserError):

@@ -1,5 +1,5 @@
 """
-What torch.optim lacks.
+An optimizer that torch lacks.
 """
 import torch
 

@@ -22,27 +22,27 @@ def saved_args(args):
     return {name: x for name, x in args.items() if name not in default or x != default[name]}
 
 
-def restore_model(model_class, ckpt, refusal, path="", **changes):
+def restore_model(model_class, ckpt, error_prefix, path="", **changes):
     """A model of this class from a checkpoint dict, some of its arguments changed.
 
-    refusal: the error's first words, where the dict is of something else.
+    error_prefix: the error's first words, where the dict is of something else.
     path: the file, for errors; empty where the caller names it.
     """
     try:
-        return build_model(model_class, ckpt, refusal, changes)
+        return build_model(model_class, ckpt, error_prefix, changes)
     except UserError as error:
         raise UserError(f"{path}: {error}" if path else str(error)) from None
 
 
-def build_model(model_class, ckpt, refusal, changes):
-    is_gpt = model_class.__name__ == "GPT"
+def build_model(model_class, ckpt, error_prefix, changes):
+    is_gpt = model_class.__name__ == "GPT"  # by name: this file imports nothing above it
     args = ckpt.get("model_args") if isinstance(ckpt, dict) else None
     if isinstance(args, dict):
-        of_gpt, of_vit = "vocab_size" in args, "n_classes" in args
-        if (of_vit and is_gpt and not of_gpt) or (of_gpt and not is_gpt):
-            raise UserError(f"{refusal} (it is a {'GPT' if of_gpt else 'ViT'})")
+        has_gpt_args, has_vit_args = "vocab_size" in args, "n_classes" in args
+        if (has_vit_args and is_gpt and not has_gpt_args) or (has_gpt_args and not is_gpt):
+            raise UserError(f"{error_prefix} (it is a {'GPT' if has_gpt_args else 'ViT'})")
     if isinstance(ckpt, dict) and not isinstance(ckpt.get("config") or {}, dict):
-        raise UserError(f"{refusal} (its config is no dict of settings)")
+        raise UserError(f"{error_prefix} (its config is no dict of settings)")
 
     try:
         state = {}
@@ -58,7 +58,7 @@ def build_model(model_class, ckpt, refusal, changes):
         model.load_state_dict(state)
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{refusal} ({type(error).__name__}: {reason})") from None
+        raise UserError(f"{error_prefix} ({type(error).__name__}: {reason})") from None
 
     for name, p in model.named_parameters():
         if not p.isfinite().all():
@@ -166,8 +166,8 @@ def check_resumable(ckpt, path, script):
     """Raises UserError where a checkpoint lacks something that exact resume needs."""
     if "data" not in ckpt:
         raise UserError(f"{path} is not {script}'s: --init_from={path} takes its weights into a new run")
-    for name, is_right in RESUMABLE.items():
-        if name not in ckpt or not is_right(ckpt[name]):
+    for name, check in RESUMABLE.items():
+        if name not in ckpt or not check(ckpt[name]):
             value = str(ckpt.get(name, "missing"))[:50]
             raise UserError(f"{path} is damaged, its {name} is {value}: --init_from={path} takes its weights "
                             "into a new run")

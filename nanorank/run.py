@@ -15,6 +15,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import time
 
 import numpy as np
@@ -22,10 +23,10 @@ import torch
 import torch.distributed as dist
 
 from configurator import TRUE
+from nanorank import distributed
 from nanorank.checkpoints import RUN_FILE
 from nanorank.console import StopSignal, print0, time_left
 from nanorank.device import peak_flops, pick_device, pick_dtype
-from nanorank.distributed import all_sum, init_process_group
 from nanorank.errors import UserError
 from nanorank.files import load_pt, save_json, save_pt
 from nanorank.restore import check_resumable, load_optimizers, saved_args
@@ -49,17 +50,15 @@ class Run:
     Raises UserError where settings, flags or the folder do not allow what is asked.
     """
 
-    training = False  # errors on one process alone are possible from then on
-
     def __init__(self, script, settings):
         self.script = os.path.basename(script)
         self.settings = settings
         self.out_dir = settings["out_dir"]
         self.ckpt_path = os.path.join(self.out_dir, "ckpt.pt")
         self.signal = StopSignal()
-        Run.training = False
+        distributed.training = False
 
-        self.join_processes()
+        self.join_processes()  # rank, world_size, ddp, master_process, device
         check_settings(settings)
         self.batch_size, self.grad_accum_steps = split_batch(settings, self.world_size)
         self.dtype = pick_dtype(settings["dtype"], self.device)
@@ -71,7 +70,7 @@ class Run:
 
         if not settings["eval_only"]:
             self.take_folder()
-        self.resume = self.find_run()
+        self.resume = self.should_resume()
         self.barrier()  # every process has looked before the first one writes
 
         self.ckpt = None
@@ -80,10 +79,22 @@ class Run:
             self.init_path = self.ckpt_path if self.resume else ckpt_path(settings["init_from"])
             self.ckpt = load_pt(self.init_path)
 
-        self.log_file = None     # only the master process has one
-        self.unread = []         # (step, loss, lr, grad norm) since the last report, tensors on the device
-        self.saved_step = -1
+        # set by check_resume
+        self.fingerprint = ""    # of the training data
+        self.max_iters = 0
+        self.snapshot_steps = set()
+        # set by restore
+        self.weight_decay = {}   # of each group
+        self.decay_time = {}     # of each group: sum of lr * weight decay so far, in decay time constants
         self.seconds = 0.0       # of training, over all resumes
+        self.log_file = None     # the master process has one
+        # set by banner: a step sees per_step tokens (or images, the unit) and takes flops_per_step
+        self.unit, self.per_step, self.flops_per_step, self.peak_flops = "", 0, 0, 0.0
+        # since the last report: (step, loss, lr, grad norm), tensors still on the device; and its time
+        self.pending = []
+        self.clock = 0.0
+        # the step of ckpt.pt, and the size of log.jsonl then
+        self.saved_step, self.log_bytes = -1, 0
 
     # ------------------------------------------------------------- processes
 
@@ -91,7 +102,7 @@ class Run:
         self.device = pick_device(self.settings["device"])
         self.rank, self.world_size = 0, 1
         if "RANK" in os.environ:  # torchrun sets it
-            self.device = init_process_group(self.device)
+            self.device = distributed.init_process_group(self.device)
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.ddp = self.world_size > 1
         self.master_process = self.rank == 0
@@ -104,7 +115,7 @@ class Run:
         print0(text)
 
     def print_values(self, label, values):
-        """label loss 1.2345, acc 0.5000"""
+        """Prints `label loss 1.2345, acc 0.5000`."""
         named = [f"{name.replace('_', ' ')} {x:.4f}" for name, x in values.items()]
         print0(f"{label} " + ", ".join(named))
 
@@ -128,10 +139,10 @@ class Run:
                 lock_folder(self.out_dir)
             except (UserError, OSError) as error:
                 refused = error
-        if all_sum(refused is not None)[0]:
+        if distributed.all_sum(refused is not None)[0]:
             raise refused or UserError(f"{self.out_dir} cannot be used")
 
-    def find_run(self):
+    def should_resume(self):
         """Whether to resume from ckpt.pt. Raises UserError where the folder does not allow what is asked."""
         init_from, eval_only = self.settings["init_from"], self.settings["eval_only"]
         os.makedirs(self.out_dir, exist_ok=True)
@@ -174,7 +185,7 @@ class Run:
         """Takes up optimizers, log and counts of the run. Returns (first step, best validation loss)."""
         groups = [group for opt in optimizers for group in opt.param_groups]
         self.weight_decay = {group["name"]: group["weight_decay"] for group in groups}
-        self.decay = {name: 0.0 for name in self.weight_decay}  # sum of lr * weight decay so far
+        self.decay_time = {name: 0.0 for name in self.weight_decay}  # sum of lr * weight decay so far
         start, best_val_loss, log_bytes, wandb_id = 0, math.inf, 0, ""
         if self.resume:
             ckpt = self.ckpt
@@ -182,7 +193,7 @@ class Run:
             if self.scaler.is_enabled() and ckpt["scaler"]:
                 self.scaler.load_state_dict(ckpt["scaler"])
             start, best_val_loss = ckpt["iter_num"], ckpt["best_val_loss"]
-            self.seconds, self.decay = ckpt["seconds"], dict(ckpt["decay"])
+            self.seconds, self.decay_time = ckpt["seconds"], dict(ckpt["decay"])
             log_bytes, wandb_id = ckpt["log_bytes"], ckpt["wandb_id"]
         self.ckpt = None  # frees its memory
 
@@ -196,11 +207,12 @@ class Run:
 
     def banner(self, groups, get_lr, start, unit, per_step, flops_per_step):
         """Prints what is about to run. unit, per_step: "tokens" and how many an optimizer step sees."""
-        Run.training = True
+        distributed.training = True
         self.unit, self.per_step, self.flops_per_step = unit, per_step, flops_per_step
-        self.peak, source = peak_flops(self.device, self.dtype)
+        self.peak_flops, source = peak_flops(self.device, self.dtype)
         settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
-        self.print(f"settings: {settings}")
+        lines = textwrap.wrap(f"settings: {settings}", 110, subsequent_indent="    ", break_long_words=False)
+        self.print("\n".join(lines))
         total = self.settings["total_batch_size"]
         self.print(f"batch: {self.batch_size} * {self.world_size} processes * {self.grad_accum_steps} "
                    f"micro-steps = {total}; {per_step:,} {unit} a step")
@@ -211,13 +223,13 @@ class Run:
             name, wd = group["name"], group["weight_decay"]
             n_params = sum(p.numel() for p in group["params"])
             self.print(f"group {name:5}: {len(group['params']):3} tensors, {n_params:11,} parameters, "
-                       f"weight decay {wd:g}, {self.decay[name] + sum_lr * wd:.2f} decay time constants")
+                       f"weight decay {wd:g}, {self.decay_time[name] + sum_lr * wd:.2f} decay time constants")
         if self.settings["warmup_iters"] >= self.max_iters:
             self.print(f"note: warm-up takes {self.settings['warmup_iters']} steps of {self.max_iters}: "
                        f"the learning rate ends at {get_lr(self.max_iters):.2e}")
         how = "compiled" if self.compile else "eager"
         self.print(f"on {self.device}, {self.dtype}, {how}; {flops_per_step:,} FLOPs a step, "
-                   f"MFU against {self.peak / 1e12:.2f} TFLOP/s ({source})")
+                   f"MFU against {self.peak_flops / 1e12:.2f} TFLOP/s ({source})")
 
     def log(self, step, **values):
         """A line of log.jsonl, and of wandb where asked for."""
@@ -227,8 +239,8 @@ class Run:
     def log_train(self, step, loss, lr, grad_norm):
         """Notes a step; prints and logs every log_interval. loss, grad_norm: tensors on the device."""
         for name, wd in self.weight_decay.items():
-            self.decay[name] += lr * wd
-        self.unread.append((step, loss, lr, grad_norm))
+            self.decay_time[name] += lr * wd
+        self.pending.append((step, loss, lr, grad_norm))
         if (step + 1) % self.settings["log_interval"] == 0:
             self.report()
 
@@ -237,16 +249,16 @@ class Run:
         losses, grad_norms = self.read_steps()
         elapsed = time.perf_counter() - self.clock
         self.seconds += elapsed
-        step, _, lr, _ = self.unread[-1]
+        step, _, lr, _ = self.pending[-1]
         loss, grad_norm = losses[-1], grad_norms[-1]
-        steps_per_s = len(self.unread) / elapsed
+        steps_per_s = len(self.pending) / elapsed
         speed = steps_per_s * self.per_step
-        mfu = steps_per_s * self.flops_per_step / (self.peak * self.world_size)
+        mfu = steps_per_s * self.flops_per_step / (self.peak_flops * self.world_size)
         remaining = time_left((self.max_iters - step - 1) / steps_per_s)
         self.log(step, train_loss=loss, lr=lr, grad_norm=grad_norm, **{f"{self.unit}_per_s": speed}, mfu=mfu)
         self.print(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.3f}, "
                    f"{speed:,.0f} {self.unit}/s, mfu {100 * mfu:.1f}%, {remaining} left")
-        self.unread = []
+        self.pending = []
 
     def read_steps(self):
         """(losses, gradient norms) of the unread steps; losses are means over processes.
@@ -254,11 +266,11 @@ class Run:
         Ends the run where one is not finite. With float16 a gradient may overflow: the scaler skips that
         step, and the run ends once the scale has fallen below LEAST_SCALE.
         """
-        pairs = [torch.stack([loss, grad_norm]) for _, loss, _, grad_norm in self.unread]
+        pairs = [torch.stack([loss, grad_norm]) for _, loss, _, grad_norm in self.pending]
         values = torch.stack(pairs).cpu().double()  # note: waits for the GPU
         own_losses, grad_norms = values.T.tolist()
-        losses = all_sum(*own_losses)
-        for (step, *_), own, summed, norm in zip(self.unread, own_losses, losses, grad_norms):
+        losses = distributed.all_sum(*own_losses)
+        for (step, *_), own, summed, norm in zip(self.pending, own_losses, losses, grad_norms):
             if math.isfinite(summed) and (math.isfinite(norm) or self.scaler.is_enabled()):
                 continue
             # one process speaks: the one whose loss it is, or the first where only the gradient is to blame
@@ -271,12 +283,12 @@ class Run:
         scale = self.scaler.get_scale()
         if self.scaler.is_enabled() and scale < LEAST_SCALE:
             self.fail(f"gradients overflow float16 at any scale, the last was {scale:g} behind step "
-                      f"{self.unread[-1][0]}, and steps are skipped: lower --learning_rate or take bfloat16")
+                      f"{self.pending[-1][0]}, and steps are skipped: lower --learning_rate or take bfloat16")
         return [loss / self.world_size for loss in losses], grad_norms
 
     def check_finite(self, step, model):
         """Ends the run where a loss, gradient or weight is not finite: it is not saved over a good one."""
-        if self.unread:
+        if self.pending:
             self.report()
         for name, p in model.named_parameters():
             if not p.isfinite().all():  # note: waits for the GPU
@@ -299,7 +311,7 @@ class Run:
 
     def begin_step(self, step):
         """Starts the clock, and seeds dropout by the step: then a resumed run has no generator to restore."""
-        if not self.unread:  # evaluating and saving are not training time
+        if not self.pending:  # evaluating and saving are not training time
             self.clock = time.perf_counter()
         key = hash64(hash64(self.settings["seed"]) + step)
         torch.manual_seed(hash64(key + self.rank) >> 1)
@@ -330,7 +342,7 @@ class Run:
             "config": self.settings,
             # beyond nanoGPT's, for exact resume
             "scaler": self.scaler.state_dict(),
-            "decay": self.decay,
+            "decay": self.decay_time,
             "seconds": self.seconds,
             "log_bytes": self.log_bytes,
             "wandb_id": self.log_file.wandb_id,
@@ -363,7 +375,7 @@ class Run:
         padded[:n] = rows
         return list(padded.reshape(n_batches, self.world_size, batch_size)[:, self.rank])
 
-    def watch_eval(self, batches, n_batches):
+    def eval_batches(self, batches, n_batches):
         """Yields from batches, prints time left every ten seconds. A signal ends the run: it is saved."""
         began = spoke = time.monotonic()
         for i, batch in enumerate(batches):
@@ -390,9 +402,9 @@ class Run:
 
     def finish(self, result):
         """Ends the run: writes result.json."""
-        time_constants = {"decay_time_constants": self.decay["attn"],
-                          "decay_time_constants_mlp": self.decay.get("mlp", 0.0),
-                          "decay_time_constants_embed": self.decay["embed"]}
+        time_constants = {"decay_time_constants": self.decay_time["attn"],
+                          "decay_time_constants_mlp": self.decay_time.get("mlp", 0.0),
+                          "decay_time_constants_embed": self.decay_time["embed"]}
         result = {
             **self.settings, **result,
             "steps": self.max_iters,
@@ -406,8 +418,8 @@ class Run:
         self.log(self.max_iters, **test)
         if self.master_process:
             save_json(os.path.join(self.out_dir, "result.json"), result)
-        self.print(f"{self.decay['attn']:.2f} decay time constants on attention, {time_left(self.seconds)} "
-                   f"of training; look at it: python analyze.py {self.out_dir}")
+        self.print(f"{self.decay_time['attn']:.2f} decay time constants on attention, "
+                   f"{time_left(self.seconds)} of training; look at it: python analyze.py {self.out_dir}")
         self.close()
 
     def close(self):

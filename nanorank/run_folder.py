@@ -1,5 +1,5 @@
 """
-What a run keeps in its folder beside checkpoints: a lock, log.jsonl, source/.
+A run's folder beside its checkpoints: the lock, log.jsonl, source/, and data made on first use.
 """
 import errno
 import glob
@@ -15,8 +15,6 @@ from nanorank.errors import UserError
 from nanorank.files import lock_file, to_json, writing
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the repository
-
-
 LOCKED = {}  # {path: file} that this process has locked: a second file, once closed, would unlock the first
 
 

@@ -19,6 +19,7 @@ FREE_ON_RESUME = (
     "log_interval", "eval_interval", "eval_iters", "rank_interval", "snapshot_steps",
     "wandb_log", "wandb_project", "wandb_run_name",
 )
+# the smallest and the largest value of train_vit's augmentation
 RANGES = {
     "crop_area": (1e-9, 1), "crop_ratio": (1, 100), "flip": (0, 1), "randaug_magnitude": (0, 10),
 }
@@ -55,9 +56,10 @@ def split_batch(settings, world_size):
     command runs on any number of processes that divides total_batch_size.
     """
     total, most = settings["total_batch_size"], settings["batch_size"]
-    if total < 1 or most < 1 or total % world_size:
-        raise UserError(f"--total_batch_size={total} and --batch_size={most} must be at least 1, "
-                        f"and {world_size} processes must divide total_batch_size")
+    if total < 1 or most < 1:
+        raise UserError(f"--total_batch_size={total} and --batch_size={most} must be at least 1")
+    if total % world_size:
+        raise UserError(f"--total_batch_size={total} must be a multiple of the {world_size} processes")
     share = total // world_size
     pairs = settings.get("mixup") or settings.get("cutmix")  # these take images two by two
     for size in range(min(share, most), 0, -1):

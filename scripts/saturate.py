@@ -280,8 +280,10 @@ def main(paths):
                 shapes.append(shape)
             todo = measurements(net, last, with_untrained)
 
-            def advance(share, parts=len(todo)):
-                progress.update(share / parts)
+            n_parts = len(todo)
+
+            def advance(share, n_parts=n_parts):
+                progress.update(share / n_parts)
 
             try:
                 found = open_heads(net, batches[0], tie) if heads else None

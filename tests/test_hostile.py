@@ -18,12 +18,13 @@ from trials.fuzz import FUZZERS
 import analyze
 import train_lm
 from configurator import configure
-from model import GPT, init_weights, load_gpt, load_optimizers, make_optimizers
+from model import GPT, init_weights, load_gpt, make_optimizers
 from nanorank.checkpoints import Checkpoint, open_all
 from nanorank.errors import UserError, one_line, user_errors
 from nanorank.families import AttentionLayer
 from nanorank.files import load_pt
 from nanorank.images import ImageSplit
+from nanorank.restore import load_optimizers
 from nanorank.spectra import summary
 from nanorank.tokens import TokenSplit
 from scripts import sample

@@ -3,21 +3,18 @@ nanorank.run on its own: how a batch is split, and who may use a run's folder.
 """
 import errno
 import os
-import types
 
 import pytest
 from conftest import TINY, assert_same_weights, command, flags, one_line_exit_2, refused, script, torchrun
 
-from nanorank.run import Run
+from nanorank import run_settings
 from nanorank.run_folder import lock_folder
 
 
 def split_batch(total, most, world_size=1, **settings):
     """(batch_size, grad_accum_steps) of a run."""
-    run = types.SimpleNamespace(world_size=world_size, settings={
-        "total_batch_size": total, "batch_size": most, **settings})
-    Run.split_batch(run)
-    return run.batch_size, run.grad_accum_steps
+    settings = {"total_batch_size": total, "batch_size": most, **settings}
+    return run_settings.split_batch(settings, world_size)
 
 
 @pytest.mark.parametrize("total, most, world_size, want", [

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from model import GPT, Attention, ViT, init_weights, load_gpt
 from nanorank.errors import UserError
+from nanorank.restore import saved_args
 from nanorank.saturation import Heads, Net, alike, exponent, open_heads, scaled, scaling, states
 from scripts import saturate
 from scripts.saturate_models import attention_weights, hugging_face_net, our_net
@@ -439,7 +440,7 @@ def test_post_norm_is_the_norm_of_each_sum(mlp):
             y = F.layer_norm(y + block.mlp(y), (32,), block.ln_2.weight, block.ln_2.bias)
     assert torch.allclose(model(x)[0], y @ model.lm_head.weight.T, atol=1e-5)
     assert not [name for name in model.state_dict() if "ln_f" in name]
-    assert model.args["post_norm"] is True and "post_norm" not in gpt().args
+    assert model.args["post_norm"] is True and "post_norm" not in saved_args(gpt().args)
     again = load_gpt({"model": model.state_dict(), "model_args": model.args})
     assert torch.equal(again(x)[0], model(x)[0])
 
@@ -453,7 +454,7 @@ def test_pre_norm_is_to_the_bit_what_it_was():
         y = y + block.attn(block.ln_1(y))
         y = y + block.mlp(block.ln_2(y))
     assert torch.equal(model(x)[0], model.lm_head(t.ln_f(y)))
-    assert list(model.args) == ["vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"]
+    assert list(saved_args(model.args)) == ["vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"]
 
 
 def test_post_norm_trains_and_stays(tmp_path, train, data_dir):

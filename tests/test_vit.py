@@ -310,7 +310,7 @@ def test_splits_of_the_same_shapes_and_labels_are_apart(tmp_path):
     ("train.idx", lambda b: b[:-16], "train.idx holds"),
     ("train.idx", lambda b: b"\xff" * 16 + b[16:], "does not fit"),
     ("meta.json", lambda b: b.replace(b'"c0", ', b""), "does not fit"),
-    ("meta.json", lambda b: b[:50], "is not what prepare_imagenet.py writes"),
+    ("meta.json", lambda b: b[:50], "is not what its script writes"),
     ("meta.json", lambda b: b.replace(b'"images"', b'"texts"', 1), "is not what"),
     ("meta.json", lambda b: b.replace(b'"short_side"', b'"side"'), "is not what"),
     ("meta.json", lambda b: b.replace(b'"name"', b'"n"'), "is not what"),
