@@ -1,6 +1,5 @@
 """
-Trains a plain Vision Transformer with attention decayed apart from the rest, and logs the rank of its
-attention products. train_lm.py for images: the same sections in the same order.
+Trains a plain Vision Transformer with attention decayed apart from the rest: train_lm.py for images.
 
     python train_vit.py config/vit_demo.py                       # small, any machine, data made on first use
     python train_vit.py                                          # 1 GPU

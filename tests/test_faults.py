@@ -23,7 +23,6 @@ import nanorank.run
 import train_lm
 import train_vit
 from nanorank.distributed import exit_codes
-from nanorank.run import Run
 from nanorank.run_folder import RunLog, lock_folder
 
 
@@ -31,7 +30,7 @@ def ends(code, call, capsys, *words):
     """Asserts that a call ends as at the bottom of train_lm.py: this exit status, and one line that has these
     words."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop, exit_codes("train_lm.py", Run):
+    with pytest.raises(SystemExit) as stop, exit_codes("train_lm.py"):
         call()
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == code and len(lines) == 1, lines
@@ -303,7 +302,7 @@ def poisoned(self, x, y=None):
 
 train_lm.GPT.forward = poisoned
 train_lm.configure(vars(train_lm))
-with exit_codes("train_lm.py", Run):
+with exit_codes("train_lm.py"):
     train_lm.main()
 """
 

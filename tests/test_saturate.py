@@ -454,7 +454,8 @@ def test_pre_norm_is_to_the_bit_what_it_was():
         y = y + block.attn(block.ln_1(y))
         y = y + block.mlp(block.ln_2(y))
     assert torch.equal(model(x)[0], model.lm_head(t.ln_f(y)))
-    assert list(saved_args(model.args)) == ["vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"]
+    names = ["vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"]
+    assert list(saved_args(model.args)) == names
 
 
 def test_post_norm_trains_and_stays(tmp_path, train, data_dir):
