@@ -186,7 +186,7 @@ def main():
     model.to(run.device)
 
     # `net` is what runs; `model` keeps clean names for checkpoints and metrics
-    net = torch.compile(model) if run.compile else model
+    net = torch.compile(model, dynamic=False) if run.compile else model
     if run.ddp:
         net = DDP(net, device_ids=run.device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 

@@ -27,7 +27,7 @@ from nanorank.augment import flips, mix, rand_augment, random_crops, resize
 from nanorank.distributed import all_sum, exit_codes
 from nanorank.errors import UserError
 from nanorank.flops import flops_per_image
-from nanorank.images import ImageSplit, centre_crops
+from nanorank.images import ImageSplit, centre_crops, mean_and_std
 from nanorank.rng import shuffled
 from nanorank.run import Run
 from nanorank.run_folder import make_data
@@ -142,8 +142,7 @@ def to_float(x, meta):
     """uint8 images (B, 3, S, S) as the model reads them."""
     if not standardize:
         return x / 127.5 - 1
-    mean = torch.tensor(meta["mean"], device=x.device).view(3, 1, 1) * 255
-    std = torch.tensor(meta["std"], device=x.device).view(3, 1, 1) * 255
+    mean, std = mean_and_std(tuple(meta["mean"]), tuple(meta["std"]), x.device)
     return (x - mean) / std
 
 
@@ -239,7 +238,7 @@ def main():
     model.to(run.device)
 
     # `net` is what runs; `model` keeps clean names for checkpoints and metrics
-    net = torch.compile(model) if run.compile else model
+    net = torch.compile(model, dynamic=False) if run.compile else model
     if run.ddp:
         net = DDP(net, device_ids=run.device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 

@@ -26,7 +26,7 @@ from configurator import TRUE
 from nanorank import distributed
 from nanorank.checkpoints import RUN_FILE
 from nanorank.console import StopSignal, print0, time_left
-from nanorank.device import peak_flops, pick_device, pick_dtype
+from nanorank.device import device_name, peak_flops, pick_device, pick_dtype
 from nanorank.errors import UserError
 from nanorank.files import load_pt, save_json, save_pt
 from nanorank.restore import check_resumable, load_optimizers, saved_args
@@ -175,6 +175,9 @@ class Run:
         self.fingerprint = fingerprint
         self.max_iters = max_iters
         self.snapshot_steps = parse_steps(self.settings["snapshot_steps"], max_iters)
+        # nodes that do not share out_dir or data_dir each find their own: without this they would train apart
+        start = self.ckpt.get("iter_num", 0) if self.resume else "none"
+        distributed.check_alike(f"step {start} of ckpt.pt, data {fingerprint}", "what they resume or read")
         if self.resume and not self.settings["eval_only"]:
             check_resumable(self.ckpt, self.ckpt_path, self.script)
             changes = check_same_run(self.ckpt, self.ckpt_path, self.settings, fingerprint, max_iters)
@@ -413,6 +416,9 @@ class Run:
             **time_constants,
             "processes": self.world_size,
             "trained_on": str(self.device),
+            "device_name": device_name(self.device),
+            "autocast": str(self.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
         }
         test = {name: x for name, x in result.items() if name.startswith("test_")}
         self.log(self.max_iters, **test)
