@@ -23,6 +23,8 @@ from conftest import (
     torchrun,
 )
 
+import model
+import train_lm
 from nanorank import distributed, run_settings
 from nanorank.run_folder import lock_folder
 
@@ -167,3 +169,27 @@ def test_several_processes_on_an_apple_gpu_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with refused("--device=cpu"):
         distributed.init_process_group(torch.device("mps"))
+
+
+# ----------------------------------------------------------- a fork's own groups
+
+@pytest.mark.parametrize("ends", [
+    {"wte": ("wte.weight",), "rest": ("wpe.weight", "head.weight")},  # a group renamed and split
+    {"embed": ("wte.weight", "wpe.weight", "head.weight")},
+])
+def test_decay_groups_may_have_other_names(train, tmp_path, monkeypatch, ends):
+    """A fork that renames its groups trains, resumes and gets its time constants."""
+    kept = {name: model.GROUP_OF[name] for name in ("attn", "mlp")}
+
+    def groups(net, attn_wd, mlp_wd, embed_wd):
+        placed = {name: [] for name in (*kept, *ends, "none")}
+        for name, p in net.named_parameters():
+            homes = [group for group, tails in {**kept, **ends}.items() if name.endswith(tails)]
+            placed[homes[0] if p.ndim > 1 else "none"].append(p)
+        return [{"name": name, "params": params, "weight_decay": embed_wd} for name, params in placed.items()]
+
+    monkeypatch.setattr(train_lm, "decay_groups", groups)
+    train(tmp_path / "a", max_iters=4, eval_interval=2)
+    result = train(tmp_path / "a", max_iters=6, init_from="resume")
+    for name in ends:
+        assert result[f"decay_time_constants_{name}"] == pytest.approx(result["decay_time_constants"])
