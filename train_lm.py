@@ -32,7 +32,7 @@ from nanorank.watch import attention_ranks, group_norms
 # -----------------------------------------------------------------------------
 # run
 out_dir = "out/lm"              # folder of the run
-init_from = "scratch"           # scratch, resume, auto (resume if there is a ckpt.pt), or a PATH (its weights)
+init_from = "scratch"           # scratch, resume, auto (resume if there is a ckpt.pt), or PATH (weights)
 overwrite = False               # let scratch start over in an out_dir that holds a run
 eval_only = False               # evaluate whole val and test splits, write eval.json, end
 seed = 1337                     # of initialisation, data order and dropout

@@ -198,8 +198,9 @@ class Run:
             start, best_val_loss = ckpt["iter_num"], ckpt["best_val_loss"]
             self.seconds, self.decay_time = ckpt["seconds"], dict(ckpt["decay"])
             if self.decay_time.keys() != self.weight_decay.keys():
-                raise UserError(f"{self.ckpt_path} has decay groups {', '.join(self.decay_time)}, the model has "
-                                f"{', '.join(self.weight_decay)}: --init_from={self.ckpt_path} starts a new run")
+                old, new = ", ".join(self.decay_time), ", ".join(self.weight_decay)
+                raise UserError(f"{self.ckpt_path} has decay groups {old}, the model has {new}: "
+                                f"--init_from={self.ckpt_path} starts a new run")
             log_bytes, wandb_id = ckpt["log_bytes"], ckpt["wandb_id"]
         self.ckpt = None  # frees its memory
 
