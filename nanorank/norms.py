@@ -14,12 +14,7 @@ from nanorank.errors import UserError
 from nanorank.families import is_block
 from nanorank.prefetch import read_ahead
 
-CURVES = {
-    "t": lambda t: t,
-    "sqrt(t)": np.sqrt,
-    "t^(1/4)": lambda t: t**0.25,
-    "log(t)": np.log,
-}
+CURVES = {"t": lambda t: t, "sqrt(t)": np.sqrt, "t^(1/4)": lambda t: t**0.25, "log(t)": np.log}
 NORM = r"norm|(^|[._])ln([._\d]|$)"  # parameters of normalisation layers
 ATTENTION = r"attn|attention|EncDec"
 
@@ -52,14 +47,9 @@ def norm_rows(checkpoint, previous, done=lambda part: None):
 
     rows = []
     for group, (pp, pq, qq, shared, n) in sums.items():
-        rows.append({
-            "checkpoint": checkpoint.path,
-            "step": checkpoint.step,
-            "group": group,
-            "norm": float(pp**0.5),
-            "parameters": int(n),
-            "cos_prev": float(pq / (shared * qq) ** 0.5) if shared * qq else "",
-        })
+        cosine = float(pq / (shared * qq) ** 0.5) if shared * qq else ""
+        rows.append({"checkpoint": checkpoint.path, "step": checkpoint.step, "group": group,
+                     "norm": float(pp**0.5), "parameters": int(n), "cos_prev": cosine})
     return rows
 
 
@@ -100,11 +90,9 @@ def groups_of(checkpoint):
             match = re.match(start, name)
             if match and len(match[0]) >= longest:
                 layer, longest = f"{prefix}layer_{match[1]}", len(match[0])
-
         kind = "embed" if layer is None else "mlp"
         if name.startswith(tuple(attention)) or (own_modules and re.search(ATTENTION, name, re.I)):
             kind = "attn"
-
         groups[name] = ["all"]
         if not re.search(NORM, name, re.I):
             groups[name].append(kind)
