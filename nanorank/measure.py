@@ -9,7 +9,6 @@ from nanorank.spectra import factors_of, gaussian_nuclear, measure
 def head_rows(ckpt, device, threshold=0.95, exact=False, done=lambda part: None):
     """(rows of heads.csv, rows of spectra.csv) of a checkpoint, a dict for each head and product.
 
-    threshold, exact: see spectra.measure. done(part) is called as parts of the work are done.
     Raises UserError for NaN or inf, naming checkpoint, layer, product and head.
     """
     rows, spectra = [], []

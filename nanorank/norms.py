@@ -22,9 +22,8 @@ ATTENTION = r"attn|attention|EncDec"
 def norm_rows(checkpoint, previous, done=lambda part: None):
     """The rows of norms.csv for one checkpoint, a dict for each group of parameters.
 
-    previous: the checkpoint before it in its run, or None. cos_prev, the cosine between the two, is
-    over the tensors that have the same shape in both. Scalars are left out; tied weights count once.
-    done(part) is called as parts of the work are done. Raises UserError for NaN or inf, naming the tensor.
+    cos_prev: the cosine to `previous`, the checkpoint before it in its run or None, over the tensors of the
+    same shape. Tied weights count once. Raises UserError for NaN or inf, naming the tensor.
     """
     groups = groups_of(checkpoint)
     shapes = checkpoint.shapes
@@ -61,8 +60,8 @@ def groups_of(checkpoint):
         transformer.h.3.ln_1.weight           all, layer_3
         transformer.wte.weight                all, embed
 
-    attn: in an attention module; mlp: elsewhere in a block; embed: in no block. Parameters of norms are
-    in none of these three. Layers of several stacks are told apart: encoder_layer_3, decoder_layer_3.
+    attn: in an attention module; mlp: elsewhere in a block; embed: in no block. Layers of several stacks
+    are told apart: encoder_layer_3, decoder_layer_3.
     """
     modules = checkpoint.modules()
     attention = []   # beginnings of the names of attention's parameters

@@ -32,8 +32,7 @@ def as_text(value):
 def collect(cells, results, failed, out_dir, skip):
     """Writes sweep.csv and curves.csv; returns their rows.
 
-    results: the cells' result.json, None where there is none. failed: the folders' names of failed cells.
-    skip: names in result.json that have no column.
+    results: each cell's result.json or None. failed: names of folders. skip: what gets no column.
     """
     summary, curves = [], []
     for cell, result in zip(cells, results):
@@ -88,10 +87,7 @@ def last_ranks(log):
 # ---------------------------------------------------------------------------- average
 
 def interval(values):
-    """(mean, sample standard deviation, low, high) with the 95 % t interval of the mean.
-
-    The last three are nan for fewer than two values, or where one is not finite.
-    """
+    """(mean, sample standard deviation, low, high) with the 95 % t interval of the mean; nan where undefined."""
     values = list(values)
     mean = statistics.fmean(values) if values else math.nan
     if len(values) < 2 or not math.isfinite(mean):
@@ -102,11 +98,7 @@ def interval(values):
 
 
 def tabulate(cells, summary, rows, columns, metric):
-    """A DataFrame with a row a cell: title, row, column, seed, done, value.
-
-    row, column: the values of the settings named `rows` and `columns`. title: what else varies, as text.
-    value: the metric, nan where it was not finite or the run is not done.
-    """
+    """A DataFrame with a row a cell: title (what else varies, as text), row, column, seed, done, value."""
     settings = pd.DataFrame([cell.settings for cell in cells], dtype=object)
     shown = list(dict.fromkeys([rows, columns, "seed"]))
     varied = [name for name in cells[0].values if name not in shown]
@@ -152,8 +144,7 @@ def markdown(table, corner, best=None):
 
 
 def paired(table, rows, columns, metric):
-    """Differences to coupled decay (both settings equal) in the same column, paired over seeds: a list of
-    paired.csv's rows."""
+    """The rows of paired.csv: differences to coupled decay in the same column, paired over seeds."""
     out = []
     for title, group in table.groupby("title", sort=False):
         cells = {at: seeds.set_index("seed") for at, seeds in group.groupby(["row", "column"], sort=False)}
@@ -192,10 +183,7 @@ def paired_markdown(differences, rows, columns):
 # ----------------------------------------------------------------------------- report
 
 def report(cells, summary, out_dir, rows, columns, metric=""):
-    """Writes table.md and paired.csv into out_dir and prints the former.
-
-    metric: a column of sweep.csv; empty: test_acc where there is one, else test_ppl.
-    """
+    """Writes table.md, which it prints, and paired.csv into out_dir; metric "": test_acc, else test_ppl."""
     names = {name for row in summary for name in row}
     n_done = sum(row["status"] == "done" for row in summary)
     if metric and metric not in names and n_done:

@@ -35,50 +35,36 @@ import os
 import sys
 
 from nanorank.errors import UserError, user_errors
-from nanorank.figures.heads import heads, heatmap, norms, nuclear_norm, spectra
-from nanorank.figures.saturation import heads_saturated, saturation, scaling
-from nanorank.figures.sweep import mean_rank, norm_growth, over_training, rank_by_layer, sweep, wd_grid
-from nanorank.figures.theory import factorised_models, recall, two_parameters
+from nanorank.figures import heads, saturation, sweep, theory
 
-# name: (function, what it reads beside the figure: the first of these that is there)
-FIGURES = {
-    "heads": (heads, ["heads.csv"]),
-    "nuclear_norm": (nuclear_norm, ["heads.csv"]),
-    "heatmap": (heatmap, ["heads.csv"]),
-    "spectra": (spectra, ["spectra.csv"]),
-    "norms": (norms, ["norms.csv"]),
-    "rank_by_layer": (rank_by_layer, ["heads.csv", "sweep.csv"]),
-    "mean_rank": (mean_rank, ["heads.csv", "sweep.csv"]),
-    "wd_grid": (wd_grid, ["sweep.csv"]),
-    "norm_growth": (norm_growth, ["sweep.csv"]),
-    "over_training": (over_training, ["."]),
-    "factorised_models": (factorised_models, ["."]),
-    "two_parameters": (two_parameters, ["."]),
-    "recall": (recall, ["."]),
-    "saturation": (saturation, ["saturation.csv"]),
-    "heads_saturated": (heads_saturated, ["heads_saturated.csv"]),
-    "scaling": (scaling, ["scaling.csv"]),
+# {file, or the folder itself: the figures that are drawn from it}
+SOURCES = {
+    "heads.csv": (heads.heads, heads.nuclear_norm, heads.heatmap, sweep.rank_by_layer, sweep.mean_rank),
+    "spectra.csv": (heads.spectra,),
+    "norms.csv": (heads.norms,),
+    "sweep.csv": (sweep.rank_by_layer, sweep.mean_rank, sweep.wd_grid, sweep.norm_growth),
+    ".": (sweep.over_training, theory.factorised_models, theory.two_parameters, theory.recall),
+    "saturation.csv": (saturation.saturation,),
+    "heads_saturated.csv": (saturation.heads_saturated,),
+    "scaling.csv": (saturation.scaling,),
 }
+FIGURES = {draw.__name__: draw for draws in SOURCES.values() for draw in draws}
 
 
 def everything(root="results"):
-    """Draws all figures under root again.
-
-    Returns (the PNGs' paths, a line for each figure that lacks its file).
-    """
-    drawn = []
-    left = []
+    """Draws all figures under root again: (the PNGs' paths, a line for each figure that lacks its file)."""
+    drawn, left = [], []
     for folder, _, files in sorted(os.walk(root)):
         if "sweep.csv" in files:
-            drawn += sweep(folder)
-        for name, (draw, sources) in FIGURES.items():
+            drawn += sweep.sweep(folder)
+        for name, draw in FIGURES.items():
             png = os.path.join(folder, f"{name}.png")
             if f"{name}.png" not in files or png in drawn:
                 continue
-            paths = [os.path.normpath(os.path.join(folder, source)) for source in sources]
-            there = [path for path in paths if os.path.exists(path)]
+            sources = [source for source, draws in SOURCES.items() if draw in draws]
+            sources.sort(key=lambda source: source not in files)  # first what is there
             try:
-                drawn.append(draw((there or paths)[0]))
+                drawn.append(draw(os.path.normpath(os.path.join(folder, sources[0]))))
             except (UserError, OSError) as error:
                 left.append(f"{png} stays as it is: {error}")
     return drawn, left
@@ -91,11 +77,9 @@ def main():
     elif args == ["all"]:
         drawn, left = everything()
         print("\n".join(drawn))
-        for line in left:
-            print(line, file=sys.stderr)
+        print("\n".join(left), file=sys.stderr, end="\n" if left else "")
     elif len(args) == 2 and args[0] in FIGURES:
-        name, path = args
-        print(FIGURES[name][0](path))
+        print(FIGURES[args[0]](args[1]))
     else:
         raise UserError(f"usage: python -m scripts.figures all, or {'|'.join(FIGURES)} FILE.csv or FOLDER")
 
