@@ -87,7 +87,7 @@ def last_ranks(log):
 # ---------------------------------------------------------------------------- average
 
 def interval(values):
-    """(mean, sample standard deviation, low, high) with the 95 % t interval of the mean; nan where undefined."""
+    """(mean, sample standard deviation, low, high) with the 95 % t interval of the mean, else nan."""
     values = list(values)
     mean = statistics.fmean(values) if values else math.nan
     if len(values) < 2 or not math.isfinite(mean):

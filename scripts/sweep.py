@@ -64,8 +64,6 @@ SET_BY_SWEEP = ("out_dir", "init_from", "overwrite", "eval_only")
 
 
 class Cell(NamedTuple):
-    """One run of the grid."""
-
     values: dict    # {setting: value} of those that vary
     folder: Path    # named after them
     settings: dict  # all that the trainer will have
@@ -112,7 +110,7 @@ def read_grid(text, defaults):
 
 
 def read_point(part, names, value, defaults):
-    """{setting: value} of settings that vary together: `1e-3:1e-4` has one each, `1` is for all of them."""
+    """{setting: value}: `1e-3:1e-4` has one for each name, `1` is for all of them."""
     if not value:
         raise UserError(f"--grid: {part!r} lacks a value; write {names[0]}=VALUE,VALUE,...")
     each = value.split(":") if len(names) > 1 else [value]
@@ -124,7 +122,6 @@ def read_point(part, names, value, defaults):
 
 
 def trainer_args():
-    """configs and fixed as the trainer's command line has them."""
     try:
         return [*configs.replace(",", " ").split(), *shlex.split(fixed)]
     except ValueError as error:
@@ -132,21 +129,20 @@ def trainer_args():
 
 
 def make_cells(path):
-    """The cells of the grid, runs of the trainer at `path`."""
     defaults = script_settings({"__file__": path})
     axes = read_grid(grid, defaults)
     base = {"__file__": path, **defaults}
     configure(base, argv=trainer_args())
-    for name, value in (("rows", rows), ("columns", columns)):
-        known(value, defaults, f"--{name}={value}")
+    known(rows, defaults, f"--rows={rows}")
+    known(columns, defaults, f"--columns={columns}")
 
     cells = []
     for combination in itertools.product(*axes):
         values = {}
         for point in combination:
             values.update(point)
-        name = ",".join(f"{name}={as_text(value)}" for name, value in values.items())
-        cells.append(Cell(values, Path(out_dir, name.replace("/", "_")), {**current(base), **values}))
+        name = ",".join(f"{name}={as_text(value)}" for name, value in values.items()).replace("/", "_")
+        cells.append(Cell(values, Path(out_dir, name), {**current(base), **values}))
     return cells
 
 
@@ -221,7 +217,7 @@ def run(cells, path, stop):
                 process.send_signal(stop.signal)
             for process in running:
                 process.wait()
-            return failed
+            break
 
         time.sleep(0.1)
         for process in [process for process in running if process.poll() is not None]:
@@ -241,7 +237,7 @@ def run(cells, path, stop):
 
 
 def gpu_groups():
-    """["0,1", "2,3"]: the GPUs of each run, nproc a run; those that are left over stay idle."""
+    """["0,1", "2,3"]: the GPUs of each run, nproc a run."""
     names = gpus.split(",") if gpus else []
     return [",".join(names[i:i + nproc]) for i in range(0, len(names) - nproc + 1, nproc)]
 
@@ -327,9 +323,8 @@ def main():
         from nanorank.figures import sweep as figures
         print("figures: " + ", ".join(figures.sweep(out_dir)))
     if failed:
-        lines = [f"{len(failed)} of {len(cells)} runs failed; the same command tries them again:"]
-        lines += [f"  {name}: {why}" for name, why in failed.items()]
-        print("\n".join(lines), file=sys.stderr)
+        print(f"{len(failed)} of {len(cells)} runs failed; the same command tries them again:",
+              *(f"  {name}: {why}" for name, why in failed.items()), sep="\n", file=sys.stderr)
         raise SystemExit(1)
 
 
