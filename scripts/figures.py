@@ -1,35 +1,32 @@
 """
 Draws a figure from CSV files: PNG and PDF beside the file, or in the folder, that it was drawn from.
 
-Every head of a checkpoint, from analyze.py:
-    python -m scripts.figures heads results/demo/heads.csv           # rank by layer, and over training
-    python -m scripts.figures nuclear_norm results/demo/heads.csv    # against the norms of the factors
-    python -m scripts.figures heatmap results/demo/heads.csv         # rank, layer x head
-    python -m scripts.figures spectra out/analysis/spectra.csv       # singular values, a line a layer
-    python -m scripts.figures norms results/demo/norms.csv           # norms, directions over training
+    python -m scripts.figures heads results/demo/heads.csv
+    python -m scripts.figures over_training results/wd_grid
+    python -m scripts.figures all                             # every figure under results/
 
-A grid of runs, from scripts/sweep.py; the first two also from a heads.csv of several runs:
-    python -m scripts.figures rank_by_layer results/wd_grid/sweep.csv      # rank against attn_wd
-    python -m scripts.figures mean_rank results/wd_grid/sweep.csv          # its mean over layers
-    python -m scripts.figures wd_grid results/wd_grid/sweep.csv            # perplexity over attn_wd x mlp_wd
-    python -m scripts.figures norm_growth results/norm_growth/sweep.csv    # over learning rate x attn_wd
-    python -m scripts.figures over_training results/wd_grid                # or a folder of run folders
+From analyze.py:
+    heads heads.csv            rank of every head by layer, and over training
+    nuclear_norm heads.csv     against the norms of the factors
+    heatmap heads.csv          rank, layer x head
+    spectra spectra.csv        singular values, a line a layer
+    norms norms.csv            norms, directions over training
 
-Small models, from scripts/theory.py and config/recall.py:
-    python -m scripts.figures factorised_models results/theory    # balance, soft thresholding, AdamW
-    python -m scripts.figures two_parameters results/theory       # trajectories over the loss
-    python -m scripts.figures recall results/recall               # associative recall over weight decay
+From scripts/sweep.py; the first two also from a heads.csv of several runs:
+    rank_by_layer sweep.csv    rank against attn_wd
+    mean_rank sweep.csv        its mean over layers
+    wd_grid sweep.csv          perplexity over attn_wd x mlp_wd
+    norm_growth sweep.csv      over learning rate x attn_wd
+    over_training FOLDER       of a sweep, or of run folders
 
-Saturated transformers, from scripts/saturate.py:
-    python -m scripts.figures saturation results/saturation/demo/saturation.csv
-    python -m scripts.figures heads_saturated results/saturation/demo/heads_saturated.csv
-    python -m scripts.figures scaling results/saturation/demo/scaling.csv
+From scripts/theory.py, config/recall.py and scripts/saturate.py:
+    factorised_models FOLDER   balance, soft thresholding, AdamW
+    two_parameters FOLDER      trajectories over the loss
+    recall FOLDER              associative recall over weight decay
+    saturation saturation.csv, heads_saturated heads_saturated.csv, scaling scaling.csv
 
-Every figure under results/:
-    python -m scripts.figures all
-
-`all` draws each results/*/FIGURE.png again from the file beside it that FIGURE reads above, and where a
-sweep.csv lies, all that the grid allows. A figure whose file is missing is named and stays as it is.
+`all` draws each results/*/FIGURE.png again from the file beside it, and where a sweep.csv lies, all that the
+grid allows. A figure whose file is missing is named and stays as it is.
 """
 import os
 import sys

@@ -72,20 +72,12 @@ def rank_points(path):
     return table, "layer (mean over its heads) of every run", int(d_head)
 
 
-def rank_by_layer(path, chosen=()):
-    """Threshold rank at the end against attn_wd, a column a layer, a colour for what else the grid varies.
-
-    chosen: numbers of the layers to show; if empty, four that are evenly spaced.
-    """
+def rank_by_layer(path):
+    """Threshold rank at the end against attn_wd, for four layers, a colour for what else the grid varies."""
     points, dot, d_head = rank_points(path)
-    if chosen:
-        points = points[points["layer"].isin(chosen)]
-    if points.empty:
-        raise UserError(f"{path}: no layer {', '.join(map(str, chosen))}")
     by = ["stack", "layer"] if "stack" in points else ["layer"]
     places = points.sort_values(by)["place"].unique()
-    if not chosen:
-        places = places[np.unique(np.linspace(0, len(places) - 1, 4).round().astype(int))]
+    places = places[np.unique(np.linspace(0, len(places) - 1, 4).round().astype(int))]
     wds = sorted(points["wd"].unique())
     groups = list(points["rest"].unique())
 

@@ -133,7 +133,7 @@ class Trial:
 
 
 @functools.cache
-def undisturbed(program, work, on_command_line=False):
+def undisturbed(program, work, on_command_line):
     """(files, seconds) of an undisturbed run, in work/NAME, where the trainers find their data."""
     folder = work / (f"{program.name}_command_line" if on_command_line else program.name)
     log = work / f"{program.name}.log"
@@ -292,7 +292,7 @@ def main(names):
         work = pathlib.Path(work)
         known = programs(work)
         for name in ("prepare_pile", "prepare_imagenet"):  # the trainers read their data
-            undisturbed(known[name], work)
+            undisturbed(known[name], work, False)
         for name in names:
             rows += [trial.run() for trial in trials_of(name, known, work)]
             write_table(pathlib.Path(out_dir) / "faults.csv", rows, ["trial", "seed"])

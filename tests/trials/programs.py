@@ -109,7 +109,7 @@ def write_table(path, rows, key):
 
 def all_files(folder):
     """Every file to the byte, but for lock files."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

@@ -10,8 +10,8 @@ import pickle
 import struct
 import warnings
 import zipfile
-import zlib
 
+import conftest
 import numpy as np
 import torch
 
@@ -296,15 +296,9 @@ def write_images(folder, rng):
     meta = {"kind": "images", "classes": ["a", "b"], "short_side": 16, "mean": [0.5] * 3, "std": [0.25] * 3,
             "source": "test", "splits": {}}
     for split, n in (("train", 12), ("val", 6), ("test", 6)):
-        index = np.zeros(n, RECORD)
-        for i in range(n):
-            index[i] = i * 16 * 20 * 3, 16, 20, i % 2
+        index = np.array([(i * 16 * 20 * 3, 16, 20, i % 2) for i in range(n)], RECORD)
         files = {f"{split}.bin": rng.bytes(n * 16 * 20 * 3), f"{split}.idx": index.tobytes()}
-        listed = []
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-            listed.append({"name": name, "bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"})
-        meta["splits"][split] = {"images": n, "files": listed}
+        meta["splits"][split] = {"images": n, "files": conftest.write_images(folder, files)}
     (folder / "meta.json").write_text(json.dumps(meta))
     return meta
 
