@@ -243,41 +243,37 @@ def test_gpus_are_shared_out(monkeypatch):
 
 
 @pytest.mark.parametrize("grid, words", [
-    ("attn_dw=0,1", ["attn_dw", "attn_wd?"]),
-    ("attn_wd=0,x", ["attn_wd", "a float", "'x'"]),
-    ("seed=0.5", ["seed", "an int", "0.5"]),
-    ("attn_wd=", ["'attn_wd='", "lacks a value"]),
-    ("attn_wd=1,,2", ["'attn_wd=1,,2'", "lacks a value"]),
-    ("attn_wd", ["'attn_wd'", "lacks a value"]),
-    (" ; ", ["is empty"]),
-    ("attn_wd=0,0.0", ["attn_wd=0.0", "twice"]),
-    ("attn_wd=0; attn_wd=1", ["attn_wd", "twice"]),
-    ("attn_wd+mlp_wd+embed_wd=0:1", ["'0:1'", "one each"]),
-    ("out_dir=a,b", ["out_dir", "cannot vary"]),
+    ("attn_dw=0,1", "attn_dw.*attn_wd[?]"),
+    ("attn_wd=0,x", "attn_wd.*a float.*'x'"),
+    ("seed=0.5", "seed.*an int.*0.5"),
+    ("attn_wd=", "'attn_wd=' lacks a value"),
+    ("attn_wd=1,,2", "'attn_wd=1,,2' lacks a value"),
+    ("attn_wd", "'attn_wd' lacks a value"),
+    (" ; ", "is empty"),
+    ("attn_wd=0,0.0", "attn_wd=0.0 .*twice"),
+    ("attn_wd=0; attn_wd=1", "attn_wd .*twice"),
+    ("attn_wd+mlp_wd+embed_wd=0:1", "'0:1'.*one each"),
+    ("out_dir=a,b", "out_dir.*cannot vary"),
 ])
 def test_bad_grids(grid, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError, match=words) as error:
         sweep.read_grid(grid, script_settings({"__file__": str(REPO / "train_lm.py")}))
-    message = str(error.value)
-    assert "\n" not in message and all(word in message for word in words), message
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("flag, words", [
-    ("--trainer=sweep.py", ["--trainer=sweep.py"]),
-    ("--trainer=no.py", ["--trainer=no.py"]),
-    ("--fixed=--n_layers=2", ["n_layers", "n_layer?"]),
-    ("--fixed='", ["--fixed="]),
-    ("--configs=no.py", ["no.py"]),
-    ("--rows=attn_dw", ["attn_wd?"]),
-    ("--nproc=0", ["--nproc=0"]),
-    ("--jobs=-1", ["--jobs=-1"]),
+@pytest.mark.parametrize("name, value, word", [
+    ("trainer", "sweep.py", "--trainer=sweep.py"),
+    ("trainer", "no.py", "--trainer=no.py"),
+    ("fixed", "--n_layers=2", "n_layers; did you mean n_layer?"),
+    ("fixed", "'", "--fixed="),
+    ("configs", "no.py", "no.py"),
+    ("rows", "attn_dw", "attn_wd?"),
+    ("nproc", 0, "--nproc=0"),
+    ("jobs", -1, "--jobs=-1"),
 ])
-def test_bad_settings(flag, words):
-    name, _, value = flag[2:].partition("=")
-    is_number = value.lstrip("-").isdigit()
-    code, printed, errors = run(dry_run=True, **{name: int(value) if is_number else value})
-    assert code == 2 and len(errors.splitlines()) == 1 and printed == "", errors
-    assert all(word in errors for word in words), errors
+def test_bad_settings(name, value, word):
+    code, printed, errors = run(dry_run=True, **{name: value})
+    assert code == 2 and len(errors.splitlines()) == 1 and printed == "" and word in errors, errors
 
 
 def test_interval():
