@@ -9,11 +9,13 @@ Turns raw text into the token files that train_lm.py memory-maps: data/NAME/*.bi
 Sources: python (the library of this Python), packages (also the installed packages: .py, .pyi,
 .md, .rst, .txt), files and folders separated by commas (.jsonl, .jsonl.zst, .jsonl.gz, .parquet,
 .txt), or a Hugging Face dataset of such files (org/name or org/name/folder). A .txt file is one
-document; beyond 1 MiB it is cut at line ends.
+document; beyond 1 MiB it is cut at line ends. A byte-order mark at a file's start is dropped.
 
 Splits: val and test have files of their own if --val_source and --test_source name some, or if
 the source's file names do (train/00.jsonl.zst, val.jsonl.zst). Otherwise a hash of each
-document's text decides, so that equal texts stay together.
+document's text decides, so that equal texts stay together. Fewer than 1,000 .txt files are too few
+documents for that: the beginning of each goes to train, what follows to val and then test, cut behind
+lines. A source without test (--test_fraction=0) trains too.
 
 Ids: tiktoken's encode_ordinary and end-of-text for each document. Lone surrogates become U+FFFD.
 
@@ -43,7 +45,15 @@ from nanorank import shards
 from nanorank.console import StopSignal
 from nanorank.errors import UserError, user_errors
 from nanorank.files import save_json
-from nanorank.text_files import CHUNK, find_files, leave_out_twins, read_chunks, records_of, text_of
+from nanorank.text_files import (
+    CHUNK,
+    cut_texts,
+    find_files,
+    leave_out_twins,
+    read_chunks,
+    records_of,
+    text_of,
+)
 from nanorank.tokenizer import encode, vocabulary
 from nanorank.tokens import check_crc32, read_meta
 
@@ -69,6 +79,8 @@ safe_interval = 10.0        # seconds between safe points: the work that a kill 
 # -----------------------------------------------------------------------------
 
 # the settings that the ids depend on
+FEW = 1000  # .txt files: fewer are too few documents to split by hash, and each is cut into its splits
+
 MADE_WITH = ("source", "val_source", "test_source", "val_fraction", "test_fraction", "text_key",
              "max_document_mb", "tokenizer")
 
@@ -101,7 +113,8 @@ def main():
         if not part.record["done"]:
             tokenise(part, files, stop)
         if part.record["done"]:
-            finish(folder, made_with, {"vocab_size": vocab_size, "eot": eot, "dtype": dtype})
+            own = {file.split for file in files if file.split and not file.start}
+            finish(folder, made_with, own, {"vocab_size": vocab_size, "eot": eot, "dtype": dtype})
     if not part.record["done"]:
         print(f"stopped by signal {stop.signal}; the same command goes on from here", flush=True)
         raise SystemExit(128 + stop.signal)
@@ -151,13 +164,18 @@ def find_all_files():
     if not files or files[-1].split:
         raise UserError(f"--source={source}: no files are left for the train split")
 
-    about = []
+    by_hash = [file for file in files if not file.split]
+    texts = [file for file in by_hash if file.name.endswith(".txt")]
+    is_cut = len(texts) == len(by_hash) < FEW and source not in ("python", "packages")
+    about = [f"{len(files)} files, {sum(file.size for file in files) / 1e6:,.1f} MB"]
     for split, share in shares(files).items():
         n = sum(file.split == split for file in files)
-        about.append(f"{split}: {n} of the files" if n else f"{split}: {share:.1%} of documents by hash")
-    size = sum(file.size for file in files)
-    print(f"{len(files)} files, {size / 1e6:,.1f} MB; {', '.join(about)}", flush=True)
-    return files
+        if n:
+            about.append(f"{split}: {n} of the files")
+        elif share:
+            about.append(f"{split}: {share:.1%} of " + ("each .txt" if is_cut else "documents by hash"))
+    print("; ".join(about), flush=True)
+    return cut_texts(files, shares(files)) if is_cut else files
 
 
 def shares(files):
@@ -314,7 +332,7 @@ class Part(shards.RecordedFiles):
         super().save()
 
 
-def finish(folder, made_with, about):
+def finish(folder, made_with, own, about):
     """Writes meta.json if all parts are done; it is the same whichever part does it."""
     paths = [os.path.join(folder, f"part_{i:05d}.json") for i in range(num_shards)]
     parts = [shards.read_json(path) if os.path.exists(path) else {"done": False} for path in paths]
@@ -337,17 +355,33 @@ def finish(folder, made_with, about):
             shards.add_bad(meta["bad_records"], reason, bad["count"], bad["first"])
 
     bad = shards.bad_line(meta["bad_records"])
-    if not any(split["documents"] for split in meta["splits"].values()):
-        for path in paths:  # so that another try may have other settings
+    n_documents = sum(split["documents"] for split in meta["splits"].values())
+    if not meta["splits"]["train"]["documents"]:
+        for split in meta["splits"].values():  # so that another try may have other settings
+            paths += [os.path.join(folder, file["name"]) for file in split["files"]]
+        for path in paths:
             os.unlink(path)
+        if n_documents:
+            raise UserError(f"none of the {n_documents:,} documents in --source={source} fell to train: "
+                            "give more text, or val and test files of their own (--val_source, "
+                            f"--test_source){bad}")
         raise UserError(f"no documents in --source={source}{bad}")
     check_sizes(folder, meta, "copy it again")
     save_json(os.path.join(folder, "meta.json"), meta)
     print(f"{folder} is finished: {totals(meta)}{bad}")
-    empty = [split for split in shards.SPLITS if not meta["splits"][split]["tokens"]]
-    if empty:
-        print(f"note: no document fell to {' and '.join(empty)}; "
-              "--val_fraction, --test_fraction, --val_source, --test_source say which do")
+    note_shares(meta, own)
+
+
+def note_shares(meta, own):
+    """Says which splits are empty or far from their share of the tokens. own: those with own files."""
+    tokens = {split: entry["tokens"] for split, entry in meta["splits"].items()}
+    for split, asked in (("val", val_fraction), ("test", test_fraction)):
+        share = tokens[split] / sum(tokens.values())
+        if not share and (asked or split == "val"):
+            print(f"note: no document fell to {split}; --{split}_fraction or --{split}_source says which do")
+        elif split not in own and share and not asked / 2 <= share <= 2 * asked:
+            print(f"note: {split} holds {share:.1%} of the tokens, asked was --{split}_fraction={asked}; "
+                  f"more and shorter documents come closer, --{split}_source gives it files of its own")
 
 
 def check_sizes(folder, meta, fix):

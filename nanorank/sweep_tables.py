@@ -218,20 +218,33 @@ def paired_markdown(differences, rows, columns):
 
 # ----------------------------------------------------------------------------- report
 
+MAIN_METRICS = ("test_acc", "test_ppl", "val_acc", "val_ppl")  # data may be without test
+
+
+def main_metric(names):
+    """The first of MAIN_METRICS among the names of columns, None if there is none."""
+    for metric in MAIN_METRICS:
+        if metric in names:
+            return metric
+    return None
+
+
 def report(cells, summary, out_dir, rows, columns, metric=""):
     """Writes table.md and paired.csv into out_dir and prints the former.
 
     rows, columns: the settings that have a row and a column a value. metric: a column of sweep.csv;
-    empty: test_acc where there is one, else test_ppl. Raises UserError where the metric is no column.
+    empty: the first of MAIN_METRICS that is one. Raises UserError where the metric is no column.
     """
     names = {name for row in summary for name in row}
     is_done = [row["status"] == "done" for row in summary]
     if metric and metric not in names and any(is_done):
         raise UserError(f"--metric={metric} is no column of {os.path.join(out_dir, 'sweep.csv')}")
-    metric = metric or ("test_acc" if "test_acc" in names else "test_ppl")
+    metric = metric or main_metric(names)
     if metric not in names:
         print("no finished run yet, no table")
         return
+    if metric in MAIN_METRICS[2:]:
+        print(f"the data has no test split: tables show {metric}")
     best, word = None, ""
     if metric.endswith("acc"):
         best, word = max, ", highest bold"

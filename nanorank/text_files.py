@@ -12,6 +12,7 @@ import gzip
 import importlib
 import io
 import json
+import math
 import os
 import re
 import sysconfig
@@ -29,6 +30,7 @@ SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt")
 HUB_ID = r"\w[\w.-]*/\w[\w./-]*"  # org/name or org/name/folder
 CHUNK = 1 << 20                   # bytes of input in a chunk
 OVERLONG = b"\0 too long"         # replaces a line that is too long; no JSON begins so
+BOM = b"\xef\xbb\xbf"            # what Windows' editors put before UTF-8; it is no part of the text
 
 
 def need(module, what):
@@ -53,6 +55,8 @@ class Input(NamedTuple):
     path: str   # to open; hf:// on the hub
     name: str   # below its source, the same on all machines
     size: int   # bytes
+    start: int = 0     # the first byte, and the one to stop at: a .txt file may be cut into splits
+    stop: int = 2**62
 
 
 def find_files(places):
@@ -156,6 +160,44 @@ def leave_out_twins(files):
             kept.append(file)
     return kept
 
+
+def cut_texts(files, share):
+    """The files with each .txt among them cut into its splits. share: {"val": 0.02, "test": 0.02}.
+
+    The beginning goes to train, then come val and test, with their share of the bytes or a line more. So
+    each split has some of each text of a few lines, be there one or ten.
+    """
+    pieces = []
+    for file in files:
+        if file.split or not file.name.endswith(".txt"):
+            pieces.append(file)
+            continue
+        end = file.size
+        held_out = []
+        with open_input(file.path, CHUNK) as raw:
+            for split in ("test", "val"):
+                start = line_start(raw, max(0, end - math.ceil(file.size * share[split])))
+                if share[split] and 0 < start < end:
+                    held_out.append(file._replace(split=split, size=end - start, start=start, stop=end))
+                    end = start
+        pieces += [file._replace(split="train", size=end, stop=end), *held_out]
+    return pieces
+
+
+def line_start(raw, position):
+    """The last place up to `position` where a line of a file begins; in a line beyond 1 MiB, a character."""
+    low = max(0, position - CHUNK)
+    raw.seek(low)
+    before = raw.read(position - low)
+    newline = before.rfind(b"\n")
+    if newline >= 0 or low == 0:
+        return low + newline + 1
+    after = raw.read(1)
+    while after and after[0] & 0xC0 == 0x80 and before:  # inside a character of UTF-8
+        after = before[-1:]
+        before = before[:-1]
+    return low + len(before)
+
 # -----------------------------------------------------------------------------
 # files to chunks
 
@@ -189,7 +231,11 @@ def read_chunks(file, text_key, max_bytes, size=CHUNK):
                 kind, blocks = "jsonl", line_blocks(raw, file, size, max_bytes)
             else:
                 kind, blocks = "txt", text_blocks(raw, file, size)
+            begins = file.start == 0
             for data, seen in blocks:
+                if begins and kind != "parquet":
+                    data = data.removeprefix(BOM)
+                begins = False
                 yield Chunk(kind, file.split, first, data, seen)
                 first += len(data) if kind == "parquet" else data.count(b"\n")
     except UserError:
@@ -206,6 +252,9 @@ def open_input(path, block_size):
 
 
 def cut_short(path, error):
+    if "too much memory" in str(error):  # pyarrow's zstd takes a window of 128 MiB at most
+        return (f"{path}: was compressed with a zstd window beyond 128 MiB; write it anew: "
+                f"zstd -dc --long=31 {path} | zstd -o NEW")
     return (f"{path}: damaged or cut short ({first_line(error)}); what is done is kept, "
             "and the same command goes on once the file is whole")
 
@@ -235,7 +284,8 @@ def line_blocks(raw, file, size, max_bytes):
 def text_blocks(raw, file, size):
     """Yields (piece, share of the file read): at most `size` bytes, cut at a line or between characters."""
     rest = b""
-    while block := rest + raw.read(size - len(rest)):
+    raw.seek(file.start)
+    while block := rest + raw.read(min(size - len(rest), file.stop - raw.tell())):
         end = len(block)
         if end == size:
             end = block.rfind(b"\n") + 1
@@ -245,7 +295,7 @@ def text_blocks(raw, file, size):
                     end -= 1
                 if not end:
                     raise UserError(cut_short(file.path, "no UTF-8"))
-        yield block[:end], raw.tell() / file.size
+        yield block[:end], (raw.tell() - file.start) / file.size
         rest = block[end:]
 
 

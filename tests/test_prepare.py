@@ -20,9 +20,9 @@ import tiktoken
 
 import prepare_pile
 from nanorank import text_files
-from nanorank.errors import user_errors
-from nanorank.shards import SPLITS, only_process
-from nanorank.tokens import TokenSplit, crc32, read_meta
+from nanorank.errors import UserError, user_errors
+from nanorank.shards import SPLITS, only_process, split_by_hash
+from nanorank.tokens import TokenSplit, crc32, open_splits, read_meta
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 WORDS = ("the of and in there then here other heat rate in\n the  \n\n\tthen é 中文 😀 he's "
@@ -240,6 +240,75 @@ def test_hash_split_depends_on_nothing_else(prepare, tmp_path):
     distinct = len(set.union(*every.values()))
     assert distinct == sum(map(len, every.values()))  # none is in two splits
     assert abs(len(every["val"]) / distinct - 0.2) < 0.05 and abs(len(every["test"]) / distinct - 0.1) < 0.05
+
+
+def decoded(folder, split):
+    """The text of a split, without what ends documents."""
+    text = tiktoken.get_encoding("tiny").decode(ids(folder, split), errors="strict")
+    return text.replace("<|endoftext|>", "")
+
+
+@pytest.mark.parametrize("n_files", [1, 10])
+def test_plain_text_is_cut_into_splits_behind_lines(prepare, tmp_path, n_files):
+    """Every split has some of each text, about its share, and all of it is there once, in order."""
+    texts = ["".join(f"{k} line {i:04d} é\n" for i in range(2000)) for k in range(n_files)]
+    for k, text in enumerate(texts):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{k}.txt").write_bytes(text.encode())
+    source = tmp_path / "in" if n_files > 1 else tmp_path / "in" / "0.txt"
+    status, output = prepare(source=source, val_fraction=0.1, test_fraction=0.05)
+    assert status == 0 and "note:" not in output
+    lines = {split: decoded(tmp_path / X, split).splitlines() for split in SPLITS}
+    found = []
+    for k in range(n_files):
+        for split in SPLITS:
+            mine = [line for line in lines[split] if line.startswith(f"{k} ")]
+            assert len(mine) == pytest.approx({"train": 1700, "val": 200, "test": 100}[split], abs=2)
+            found += mine
+    assert found == "".join(texts).splitlines()
+    for i in (1, 0):  # two machines
+        assert prepare(source=source, dataset="y", num_shards=2, shard_index=i)[0] == 0
+    for split in SPLITS:
+        assert documents(tmp_path / "data" / "y", split) == documents(tmp_path / X, split)
+
+
+@pytest.mark.parametrize("text, counts", [
+    ("a\nb\nc\n", {"train": "a\n", "val": "b\n", "test": "c\n"}),
+    ("one line", {"train": "one line", "val": "", "test": ""}),
+    ("é" * 1_000_000, {"train": "é" * 960_000, "val": "é" * 20_000, "test": "é" * 20_000})])
+def test_short_texts_and_one_long_line(prepare, tmp_path, text, counts):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())  # the byte-order mark is dropped
+    status, output = prepare(source=tmp_path / "a.txt", val_fraction=0.02, test_fraction=0.02)
+    assert status == 0
+    found = {split: decoded(tmp_path / X, split) for split in SPLITS}
+    assert {split: len(text) for split, text in found.items()} == pytest.approx(
+        {split: len(text) for split, text in counts.items()}, abs=2)
+    assert "".join(found.values()) == text
+    assert ("val holds 33.3% of the tokens" in output) == (text == "a\nb\nc\n")
+    assert ("no document fell to val; --val_fraction or --val_source" in output) == (text == "one line")
+
+
+def test_train_and_val_files(prepare, tmp_path):
+    for name in ("train", "val"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{name}.txt").write_text(f"{name}\n" * 1000)
+    assert prepare(source=tmp_path / "in", test_fraction=0.0)[0] == 0
+    assert decoded(tmp_path / X, "train") == "train\n" * 1000
+    assert decoded(tmp_path / X, "val") == "val\n" * 1000
+    assert sorted(open_splits(lambda split: TokenSplit(str(tmp_path / X), split, 64))) == ["train", "val"]
+    with pytest.raises(UserError, match="--test_fraction or --test_source"):
+        TokenSplit(str(tmp_path / X), "test", 64)
+
+
+def test_no_document_for_train_is_an_error_at_once(prepare, tmp_path):
+    held_out = "hello"
+    while split_by_hash(held_out.encode(), {"val": 0.02, "test": 0.02}) == "train":
+        held_out += "o"
+    source = write_jsonl(tmp_path / "a.jsonl", [held_out])
+    status, output = prepare(source=source, val_fraction=0.02, test_fraction=0.02)
+    assert status == 2 and "none of the 1 documents" in output and "--val_source" in output
+    write_jsonl(source, [held_out, "more"])  # the wrong try is not in the way
+    assert prepare(source=source, val_fraction=0.02, test_fraction=0.02)[0] == 0
 
 
 def test_given_val_and_test_files(prepare, tmp_path):
@@ -542,6 +611,19 @@ def test_corrupt_archive_is_one_line(prepare, tmp_path, suffix, damage):
     lines = [line for line in output.splitlines() if line.startswith("prepare_pile.py")]
     assert status == 2 and len(lines) == 1 and f"{path}: damaged or cut short" in lines[0]
     assert not (tmp_path / X / "meta.json").exists()
+
+
+def test_byte_order_mark_and_wide_zstd_window(prepare, tmp_path):
+    """A first JSON line keeps its document; a window that the reader does not take is named as that."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "first"}\n{"text": "\\ufeffsecond"}\n')
+    assert prepare(source=path, **NO_SPLIT)[0] == 0
+    assert ids(tmp_path / X, "train") == reference(["first", "\ufeffsecond"])
+    pytest.importorskip("pyarrow")
+    # a frame with a window of 2**31 bytes: magic, no size, window, an empty block
+    (tmp_path / "b.jsonl.zst").write_bytes(bytes.fromhex("28b52ffd 00 a8 010000"))
+    status, output = prepare(source=tmp_path / "b.jsonl.zst", dataset="y")
+    assert status == 2 and "zstd window beyond 128 MiB" in output and "damaged" not in output
 
 
 def test_parquet_without_the_column(prepare, tmp_path):

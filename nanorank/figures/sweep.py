@@ -181,16 +181,17 @@ def label_wds(axes, wds):
 
 
 def wd_grid(path):
-    """Test perplexity (test_acc where there is one) over attn_wd x mlp_wd, mean +- sample sd over seeds.
+    """Test perplexity (or accuracy; of val where there is no test) over attn_wd x mlp_wd, mean +- sample sd.
 
     A panel for each combination of what else the grid varies. path: a sweep.csv. Returns the PNG's path.
     """
     table = read_csv(path, ("cell", "status", "attn_wd", "mlp_wd"))
     given = ["attn_wd", "mlp_wd"]
-    if "test_acc" in table:
-        return grid_figure(path, table, "wd_grid", given, "test_acc", "test accuracy", "cividis")
-    if "test_ppl" in table:
-        return grid_figure(path, table, "wd_grid", given, "test_ppl", "test perplexity", "cividis")
+    for split in ("test", "val"):
+        for name, word in (("acc", "accuracy"), ("ppl", "perplexity")):
+            metric = f"{split}_{name}"
+            if metric in table:
+                return grid_figure(path, table, "wd_grid", given, metric, f"{split} {word}", "cividis")
     raise UserError(f"{path}: no run is done")
 
 
