@@ -7,9 +7,10 @@ Turns raw text into the token files that train_lm.py memory-maps: data/NAME/*.bi
     python prepare_pile.py --num_shards=4 --shard_index=0  # the first of four machines
 
 Sources: python (the library of this Python), packages (also the installed packages: .py, .pyi,
-.md, .rst, .txt), files and folders separated by commas (.jsonl, .jsonl.zst, .jsonl.gz, .parquet,
-.txt), or a Hugging Face dataset of such files (org/name or org/name/folder). A .txt file is one
-document; beyond 1 MiB it is cut at line ends. A byte-order mark at a file's start is dropped.
+.md, .rst, .txt), files and folders separated by commas (.jsonl, .jsonl.zst, .jsonl.gz, .json.gz,
+.parquet, .txt; where there are none of those .arrow and .csv), or a Hugging Face dataset of such files
+(org/name or org/name/folder). A .txt file is one document; beyond 1 MiB it is cut at line ends. A
+byte-order mark at a file's start is dropped.
 
 Splits: val and test have files of their own if --val_source and --test_source name some, or if
 the source's file names do (train/00.jsonl.zst, val.jsonl.zst). Otherwise a hash of each

@@ -5,12 +5,15 @@ Finds files of text, here or on the Hugging Face hub, and cuts them into chunks,
         for chunk in read_chunks(file, text_key="text", max_bytes=64 << 20):
             chunk.data    # whole JSON lines or a piece of plain text (bytes), or a list of parquet values
 
-Formats: .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt. Unreadable input is a UserError that names the file.
+Formats: .jsonl, .jsonl.zst, .jsonl.gz, .json.gz, .parquet, .txt, and where there are none of those .arrow (of
+datasets' save_to_disk) and .csv. Unreadable input is a UserError that names the file.
 """
 import filecmp
+import glob
 import gzip
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -26,7 +29,13 @@ try:
 except ImportError:
     from json import loads
 
-SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt")
+JSON_LINES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst")
+SUFFIXES = (*JSON_LINES, ".parquet", ".txt")
+# Formats that the datasets library reads, where a place has none of the above. On those it would break a
+# promise: its text builder turns "\r\n" into "\n", stops at invalid UTF-8, holds a line of any length (1.8 GB
+# for one of 300 MB), and takes no .zst without another package. Its parquet builder holds row groups whole
+# (1.5 GB for 518 MB of text, where pyarrow's reader takes 0.1 GB).
+DATASETS = {".arrow": "arrow", ".csv": "csv"}
 HUB_ID = r"\w[\w.-]*/\w[\w./-]*"  # org/name or org/name/folder
 CHUNK = 1 << 20                   # bytes of input in a chunk
 OVERLONG = b"\0 too long"         # replaces a line that is too long; no JSON begins so
@@ -69,17 +78,17 @@ def find_files(places):
     found = []
     for place in places.split(","):
         if os.path.isdir(place):
-            files = walk(place, SUFFIXES)
+            files = walk(place, (*SUFFIXES, *DATASETS))
         elif os.path.exists(place):
             files = [Input("", place, os.path.basename(place), os.path.getsize(place))]
-        elif re.fullmatch(HUB_ID, place) and not place.endswith(SUFFIXES):
+        elif re.fullmatch(HUB_ID, place) and not place.endswith((*SUFFIXES, *DATASETS)):
             files = hub_files(place)
         else:
             raise UserError(f"--source={place}: no such file or folder, "
                             "and no Hugging Face id (org/name) either")
-        files = [file for file in files if file.name.endswith(SUFFIXES)]
+        files = with_suffix(files, SUFFIXES) or with_suffix(files, tuple(DATASETS))
         if not files:
-            raise UserError(f"{place}: expects files in {', '.join(SUFFIXES)}")
+            raise UserError(f"{place}: expects files in {', '.join((*SUFFIXES, *DATASETS))}")
 
         # val and test in a name mean splits only if other names hold train
         splits = [split_in_name(file.name) for file in files]
@@ -88,6 +97,10 @@ def find_files(places):
                 split = ""
             found.append(file._replace(split=split))
     return found
+
+
+def with_suffix(files, suffixes):
+    return [file for file in files if file.name.endswith(suffixes)]
 
 
 def split_in_name(name):
@@ -203,7 +216,7 @@ def line_start(raw, position):
 
 class Chunk(NamedTuple):
     """About 1 MiB of a file."""
-    kind: str    # jsonl, txt, parquet
+    kind: str    # jsonl, txt, parquet (.arrow and .csv too)
     split: str   # split of its documents; empty: by hash
     first: int   # number of its first line or row, from 1
     data: bytes | list  # whole lines or a piece of plain text (bytes); parquet: a list of values
@@ -227,7 +240,9 @@ def read_chunks(file, text_key, max_bytes, size=CHUNK):
         with open_input(file.path, 32 << 20) as raw:
             if file.name.endswith(".parquet"):
                 kind, blocks = "parquet", parquet_blocks(raw, file, size, text_key)
-            elif ".jsonl" in file.name:
+            elif file.name.endswith(tuple(DATASETS)):
+                kind, blocks = "parquet", datasets_blocks(file, size, text_key)
+            elif file.name.endswith(JSON_LINES):
                 kind, blocks = "jsonl", line_blocks(raw, file, size, max_bytes)
             else:
                 kind, blocks = "txt", text_blocks(raw, file, size)
@@ -302,22 +317,47 @@ def text_blocks(raw, file, size):
 def parquet_blocks(raw, file, size, text_key):
     """Yields (list of values, share of the file read): about `size` bytes."""
     parquet = need("pyarrow.parquet", file.path).ParquetFile(raw, pre_buffer=False, buffer_size=size)
-    columns = parquet.schema_arrow.names
-    if text_key not in columns:
-        raise UserError(f"{file.path}: no column {text_key!r} among {', '.join(columns)}; "
-                        "--text_key names it")
-    n_rows = parquet.metadata.num_rows
+    check_column(file, text_key, parquet.schema_arrow.names)
+    batches = parquet.iter_batches(batch_size=64, columns=[text_key])
+    yield from row_blocks(batches, parquet.metadata.num_rows, text_key, size)
+
+
+def datasets_blocks(file, size, text_key):
+    """The same for a format of DATASETS. Its rows are not counted beforehand, so the share stays 0."""
+    datasets = need("datasets", file.path)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # one line of ours says what is wrong
+    path = file.path if file.path.startswith("hf://") else glob.escape(file.path)
+    kind = DATASETS[os.path.splitext(file.name)[1]]
+    rows = datasets.load_dataset(kind, data_files=path, split="train", streaming=True)
+    batches = rows.with_format("arrow").iter(batch_size=64)
+    first = next(batches, None)
+    if first is not None:
+        check_column(file, text_key, first.column_names)
+        yield from row_blocks(itertools.chain([first], batches), math.inf, text_key, size)
+
+
+def row_blocks(batches, n_rows, text_key, size):
+    """Yields (list of values, share of n_rows read) from tables of pyarrow."""
     texts = []
     n_bytes = 0
     rows = 0
-    for batch in parquet.iter_batches(batch_size=64, columns=[text_key]):
+    for batch in batches:
+        batch = batch.select([text_key])
         texts += batch.column(0).to_pylist()
         n_bytes += batch.nbytes
-        rows += len(batch)
-        if n_bytes >= size or rows == n_rows:
+        rows += batch.num_rows
+        if n_bytes >= size:
             yield texts, rows / n_rows
             texts = []
             n_bytes = 0
+    if texts:
+        yield texts, 1.0
+
+
+def check_column(file, text_key, columns):
+    if text_key not in columns:
+        raise UserError(f"{file.path}: no column {text_key!r} among {', '.join(columns)}; "
+                        "--text_key names it")
 
 # -----------------------------------------------------------------------------
 # chunks to texts

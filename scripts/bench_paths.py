@@ -226,7 +226,7 @@ def prepare(setup, text):
             datasets.disable_progress_bars()
             contestants["map"] = lambda: datasets_map(enc, source, mapped, n_cores)
         except ImportError:
-            print("prepare    datasets is not installed (requirements-dev.txt): no peer to compare with")
+            print("prepare    datasets is not installed: no peer to compare with")
         times = interleaved(contestants, setup)
         same = "map" in times and read_bytes(ours) == read_bytes(mapped)
 

@@ -128,7 +128,8 @@ NO_SPLIT = {"val_fraction": 0.0, "test_fraction": 0.0}
 
 # ---------------------------------------------------------------------- sources
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("suffix", [
+    ".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".parquet", ".arrow", ".csv"])
 def test_format(prepare, tmp_path, suffix):
     texts = texts_like_the_pile(200)
     path = tmp_path / f"a{suffix}"
@@ -136,11 +137,20 @@ def test_format(prepare, tmp_path, suffix):
     if suffix == ".parquet":
         pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         pq.write_table(pa.table({"other": list(range(200)), "text": texts}), path, row_group_size=70)
+    elif suffix in (".arrow", ".csv"):  # the datasets library reads these
+        datasets = pytest.importorskip("datasets")
+        texts = [text for text in texts if text] if suffix == ".csv" else texts  # an empty field is no text
+        rows = datasets.Dataset.from_dict({"other": list(range(len(texts))), "text": texts})
+        if suffix == ".csv":
+            rows.to_csv(path)
+        else:
+            rows.save_to_disk(tmp_path / "saved")
+            path = tmp_path / "saved"
     elif suffix == ".jsonl.zst":  # two frames, as parallel compressors and cat write them
         pa = pytest.importorskip("pyarrow")
         frames = [pa.compress(part, codec="zstd", asbytes=True) for part in (plain[:5000], plain[5000:])]
         path.write_bytes(b"".join(frames))
-    elif suffix == ".jsonl.gz":
+    elif suffix in (".jsonl.gz", ".json.gz"):
         path.write_bytes(gzip.compress(plain[:5000]) + gzip.compress(plain[5000:]))
     else:
         path = tmp_path / "plain.jsonl"
@@ -150,7 +160,7 @@ def test_format(prepare, tmp_path, suffix):
     meta = read_meta(str(folder))
     about = {"vocab_size": 268, "eot": 266, "dtype": "uint16", "tokenizer": "tiny", "source": str(path)}
     assert about.items() <= meta.items()
-    assert meta["splits"]["train"]["documents"] == 200 and not meta["bad_records"]
+    assert meta["splits"]["train"]["documents"] == len(texts) and not meta["bad_records"]
     assert all(file["crc32"] == crc32(folder / file["name"]) for file in meta["splits"]["train"]["files"])
     split = TokenSplit(str(folder), "train", 64)
     assert split.n_tokens == meta["splits"]["train"]["tokens"] == len(reference(texts))
