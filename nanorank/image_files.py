@@ -207,7 +207,8 @@ def check_classes(places, label, source):
             folder, its_class = min(strange.items())
             which = f"class {its_class!r}, which train has not" if its_class else "no class"
             raise UserError(f"{source}: {folder} holds {split} images of {which}; "
-                            "expects a folder per class, named as in train")
+                            "expects a folder per class, named as in train, or --source=TRAIN with "
+                            "--val_source=VAL --val_labels=FILE")
 
 # -----------------------------------------------------------------------------
 # .parquet files

@@ -229,9 +229,10 @@ def check_range(settings, **least):
 def refuse_other(folder, theirs, ours):
     """Raises UserError that names the first setting in which a folder begun earlier differs from this run."""
     for name, value in ours.items():
-        if theirs.get(name) != value:
+        before = theirs.get(name, "")  # a setting that is newer than the folder
+        if before != value:
             flag = name if " " in name else f"--{name}"
-            raise UserError(f"{folder} was made with {flag}={theirs.get(name)}, not {value}: "
+            raise UserError(f"{folder} was made with {flag}={before}, not {value}: "
                             "take another --dataset or delete it")
 
 
