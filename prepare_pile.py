@@ -45,18 +45,10 @@ from configurator import configure
 from nanorank import shards
 from nanorank.console import StopSignal
 from nanorank.errors import UserError, user_errors
-from nanorank.files import save_json
-from nanorank.text_files import (
-    CHUNK,
-    cut_texts,
-    find_files,
-    leave_out_twins,
-    read_chunks,
-    records_of,
-    text_of,
-)
+from nanorank.text_files import CHUNK, read_chunks, records_of, text_of
+from nanorank.text_sources import cut_texts, find_files, leave_out_twins
+from nanorank.token_files import Part, finish, verify
 from nanorank.tokenizer import encode, vocabulary
-from nanorank.tokens import check_crc32, read_meta
 
 # -----------------------------------------------------------------------------
 # what to read
@@ -109,13 +101,14 @@ def main():
     for path in glob.glob(os.path.join(glob.escape(folder), "part_*.json")):
         shards.refuse_other(folder, shards.read_json(path)["settings"], made_with)
     with shards.only_process(os.path.join(folder, f".part_{shard_index:05d}.lock"), f"part {shard_index}"):
-        part = Part(folder, made_with, dtype, files)
+        part = Part(folder, made_with, dtype, files, shard_index, safe_interval)
         stop = StopSignal()
         if not part.record["done"]:
             tokenise(part, files, stop)
         if part.record["done"]:
             own = {file.split for file in files if file.split and not file.start}
-            finish(folder, made_with, own, {"vocab_size": vocab_size, "eot": eot, "dtype": dtype})
+            about = {"vocab_size": vocab_size, "eot": eot, "dtype": dtype}
+            finish(folder, made_with, own, about, shard_index)
     if not part.record["done"]:
         print(f"stopped by signal {stop.signal}; the same command goes on from here", flush=True)
         raise SystemExit(128 + stop.signal)
@@ -134,18 +127,6 @@ def check_settings():
     if tokenizer == "auto":
         made_with["tokenizer"] = "byte" if source == "python" else "gpt2"
     return made_with
-
-
-def verify(folder, made_with):
-    """Checks a finished folder: its settings, sizes and checksums. Raises UserError if one differs."""
-    meta = read_meta(folder)
-    shards.refuse_other(folder, meta.get("settings", {}), made_with)
-    fix = f"copy it again, or delete {folder} and run this again"
-    check_sizes(folder, meta, fix)
-    files = [file for split in meta["splits"].values() for file in split["files"]]
-    for file in tqdm(files, "verifying checksums", disable=None):
-        check_crc32(folder, file, fix)
-    print(f"{folder} is finished, nothing to do: {totals(meta)}")
 
 
 def find_all_files():
@@ -269,132 +250,6 @@ def encode_chunk(chunk, tokenizer, dtype, share, text_key, max_bytes):
     for split, some in texts.items():
         encoded[split] = len(some), encode(some, tokenizer).astype(little_endian).tobytes()
     return encoded, {reason: (len(numbers), numbers[:shards.NAMED]) for reason, numbers in bad.items()}
-
-
-# -----------------------------------------------------------------------------
-# ids to files
-
-class Part(shards.RecordedFiles):
-    """The token files of one process, and how far in the input they reach."""
-
-    def __init__(self, folder, made_with, dtype, inputs):
-        self.dtype = dtype
-        self.inputs = inputs
-        splits = {split: {"tokens": 0, "documents": 0, "files": []} for split in shards.SPLITS}
-        record = {"settings": made_with, "done": False, "file": 0, "chunk": 0, "sizes": 0, "bad_records": {},
-                  "splits": splits}
-        super().__init__(os.path.join(folder, f"part_{shard_index:05d}.json"), record, safe_interval)
-        if self.record["sizes"] != self.sizes():
-            raise UserError(f"files of --source={source} that were read already have changed: "
-                            f"delete {folder} to begin anew")
-
-    def n_bytes(self, file):
-        return file["tokens"] * np.dtype(self.dtype).itemsize
-
-    def is_full(self, file):
-        return file["tokens"] >= shard_tokens or self.record["done"]
-
-    def tokens(self):
-        return sum(split["tokens"] for split in self.record["splits"].values())
-
-    def sizes(self):
-        """Checksum of the sizes of the input files that are done with."""
-        sizes = [file.size for file in self.inputs[:self.record["file"]]]
-        return zlib.crc32(repr(sizes).encode()) if sizes else 0
-
-    def add(self, encoded, bad, file_number, chunk_number):
-        """Appends the results of a chunk."""
-        full = False
-        for split, (documents, ids) in encoded.items():
-            entry = self.record["splits"][split]
-            files = entry["files"]
-            if not files or self.is_full(files[-1]):
-                part = f"part{shard_index:03d}_" if num_shards > 1 else ""
-                name = f"{split}_{part}{len(files):05d}.bin"
-                files.append({"name": name, "tokens": 0, "crc32": "00000000"})
-                self.begin(files[-1])
-            self.append(files[-1], ids)
-            tokens = len(ids) // np.dtype(self.dtype).itemsize
-            files[-1]["tokens"] += tokens
-            entry["tokens"] += tokens
-            entry["documents"] += documents
-            full = full or self.is_full(files[-1])
-        path = self.inputs[file_number].path
-        for reason, (count, numbers) in bad.items():
-            places = [f"{path}:{number}" for number in numbers]
-            shards.add_bad(self.record["bad_records"], reason, count, places)
-        self.record["file"] = file_number
-        self.record["chunk"] = chunk_number
-        if full or self.is_due():
-            self.save()
-
-    def save(self):
-        self.record["sizes"] = self.sizes()
-        super().save()
-
-
-def finish(folder, made_with, own, about):
-    """Writes meta.json if all parts are done; it is the same whichever part does it."""
-    paths = [os.path.join(folder, f"part_{i:05d}.json") for i in range(num_shards)]
-    parts = [shards.read_json(path) if os.path.exists(path) else {"done": False} for path in paths]
-    missing = [str(i) for i, part in enumerate(parts) if not part["done"]]
-    if missing:
-        print(f"part {shard_index} is done; not yet --shard_index={','.join(missing)}. "
-              f"If those run elsewhere, copy their files into {folder} and run any part again")
-        return
-
-    meta = {"tokenizer": made_with["tokenizer"], **about, "source": source, "checksum": "crc32",
-            "splits": {}, "bad_records": {}, "settings": made_with}
-    for split in shards.SPLITS:
-        entry = {"tokens": 0, "documents": 0, "files": []}
-        for part in parts:
-            for name in entry:
-                entry[name] += part["splits"][split][name]
-        meta["splits"][split] = entry
-    for part in parts:
-        for reason, bad in part["bad_records"].items():
-            shards.add_bad(meta["bad_records"], reason, bad["count"], bad["first"])
-
-    bad = shards.bad_line(meta["bad_records"])
-    n_documents = sum(split["documents"] for split in meta["splits"].values())
-    if not meta["splits"]["train"]["documents"]:
-        for split in meta["splits"].values():  # so that another try may have other settings
-            paths += [os.path.join(folder, file["name"]) for file in split["files"]]
-        for path in paths:
-            os.unlink(path)
-        if n_documents:
-            raise UserError(f"none of the {n_documents:,} documents in --source={source} fell to train: "
-                            "give more text, or val and test files of their own (--val_source, "
-                            f"--test_source){bad}")
-        raise UserError(f"no documents in --source={source}{bad}")
-    check_sizes(folder, meta, "copy it again")
-    save_json(os.path.join(folder, "meta.json"), meta)
-    print(f"{folder} is finished: {totals(meta)}{bad}")
-    note_shares(meta, own)
-
-
-def note_shares(meta, own):
-    """Says which splits are empty or far from their share of the tokens. own: those with own files."""
-    tokens = {split: entry["tokens"] for split, entry in meta["splits"].items()}
-    for split, asked in (("val", val_fraction), ("test", test_fraction)):
-        share = tokens[split] / sum(tokens.values())
-        if not share and (asked or split == "val"):
-            print(f"note: no document fell to {split}; --{split}_fraction or --{split}_source says which do")
-        elif split not in own and share and not asked / 2 <= share <= 2 * asked:
-            print(f"note: {split} holds {share:.1%} of the tokens, asked was --{split}_fraction={asked}; "
-                  f"more and shorter documents come closer, --{split}_source gives it files of its own")
-
-
-def check_sizes(folder, meta, fix):
-    itemsize = np.dtype(meta["dtype"]).itemsize
-    for split in meta["splits"].values():
-        for file in split["files"]:
-            shards.check_size(os.path.join(folder, file["name"]), file["tokens"] * itemsize, fix)
-
-
-def totals(meta):
-    return ", ".join(f"{name} {split['tokens']:,} tokens of {split['documents']:,} documents"
-                     for name, split in meta["splits"].items())
 
 
 if __name__ == "__main__":

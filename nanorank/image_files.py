@@ -25,7 +25,8 @@ from tqdm import tqdm
 from nanorank.console import StopSignal
 from nanorank.errors import UserError
 from nanorank.shards import SPLITS, run_in_order
-from nanorank.text_files import HUB_ID, cut_short, find_files, first_line, need, open_input, split_in_name
+from nanorank.text_files import cut_short, first_line, need, open_input
+from nanorank.text_sources import HUB_ID, find_files, split_in_name
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CHUNK = 64  # images in a chunk

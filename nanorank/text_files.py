@@ -1,14 +1,13 @@
 """
-Finds files of text, here or on the Hugging Face hub, and cuts them into chunks, the same ones every time.
+Reads files of text, here or on the Hugging Face hub, in chunks, the same ones every time.
 
-    for file in find_files("folder,more.jsonl.zst"):
+    for file in find_files("folder,more.jsonl.zst"):    # nanorank/text_sources.py
         for chunk in read_chunks(file, text_key="text", max_bytes=64 << 20):
             chunk.data    # whole JSON lines or a piece of plain text (bytes), or a list of parquet values
 
 Formats: .jsonl, .jsonl.zst, .jsonl.gz, .json.gz, .parquet, .txt, and where there are none of those .arrow (of
 datasets' save_to_disk) and .csv. Unreadable input is a UserError that names the file.
 """
-import filecmp
 import glob
 import gzip
 import importlib
@@ -17,8 +16,6 @@ import itertools
 import json
 import math
 import os
-import re
-import sysconfig
 from typing import NamedTuple
 
 from nanorank.errors import UserError
@@ -36,7 +33,6 @@ SUFFIXES = (*JSON_LINES, ".parquet", ".txt")
 # for one of 300 MB), and takes no .zst without another package. Its parquet builder holds row groups whole
 # (1.5 GB for 518 MB of text, where pyarrow's reader takes 0.1 GB).
 DATASETS = {".arrow": "arrow", ".csv": "csv"}
-HUB_ID = r"\w[\w.-]*/\w[\w./-]*"  # org/name or org/name/folder
 CHUNK = 1 << 20                   # bytes of input in a chunk
 OVERLONG = b"\0 too long"         # replaces a line that is too long; no JSON begins so
 BOM = b"\xef\xbb\xbf"            # what Windows' editors put before UTF-8; it is no part of the text
@@ -57,7 +53,7 @@ def first_line(error):
     return (message or type(error).__name__).splitlines()[0][:150]
 
 # -----------------------------------------------------------------------------
-# files
+# files to chunks
 
 class Input(NamedTuple):
     split: str  # split of its documents; empty: by hash
@@ -67,152 +63,6 @@ class Input(NamedTuple):
     start: int = 0     # the first byte, and the one to stop at: a .txt file may be cut into splits
     stop: int = 2**62
 
-
-def find_files(places):
-    """The files of a source, sorted, with `split` set to val or test if names say so.
-
-    places: the setting --source. Raises UserError if there are no files.
-    """
-    if places in ("python", "packages"):
-        return installed_files(places)
-    found = []
-    for place in places.split(","):
-        if os.path.isdir(place):
-            files = walk(place, (*SUFFIXES, *DATASETS))
-        elif os.path.exists(place):
-            files = [Input("", place, os.path.basename(place), os.path.getsize(place))]
-        elif re.fullmatch(HUB_ID, place) and not place.endswith((*SUFFIXES, *DATASETS)):
-            files = hub_files(place)
-        else:
-            raise UserError(f"--source={place}: no such file or folder, "
-                            "and no Hugging Face id (org/name) either")
-        files = with_suffix(files, SUFFIXES) or with_suffix(files, tuple(DATASETS))
-        if not files:
-            raise UserError(f"{place}: expects files in {', '.join((*SUFFIXES, *DATASETS))}")
-
-        # val and test in a name mean splits only if other names hold train
-        splits = [split_in_name(file.name) for file in files]
-        for file, split in zip(files, splits):
-            if split == "train" or "train" not in splits:
-                split = ""
-            found.append(file._replace(split=split))
-    return found
-
-
-def with_suffix(files, suffixes):
-    return [file for file in files if file.name.endswith(suffixes)]
-
-
-def split_in_name(name):
-    """train, val, test, or empty if a file's name says nothing."""
-    for split, words in (("train", "train"), ("val", "val|valid|validation|dev"), ("test", "test")):
-        if re.search(rf"(^|[/._-])({words})([/._-]|\d|$)", name):
-            return split
-    return ""
-
-
-def installed_files(which):
-    """python: the library of this Python; packages: also the installed packages, with their documents."""
-    tests_and_packages = ("site-packages", "dist-packages", "test", "tests", "idle_test")
-    files = walk(sysconfig.get_path("stdlib"), (".py",), without=tests_and_packages)
-    if which == "packages":
-        files += walk(sysconfig.get_path("purelib"), (".py", ".pyi", ".md", ".rst", ".txt"))
-    return files
-
-
-def walk(root, suffixes, without=()):
-    """The files below a folder, sorted by name; hidden ones and the folders `without` are left out."""
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
-        for name in names:
-            if name.endswith(suffixes) and not name.startswith("."):
-                path = os.path.join(folder, name)
-                files.append(Input("", path, os.path.relpath(path, root), os.path.getsize(path)))
-    return sorted(files, key=lambda file: file.name)
-
-
-def hub_files(place):
-    """The files of a Hugging Face dataset, org/name or org/name/folder, at its newest revision.
-
-    Their paths hold that revision, so that all machines and restarts read the same bytes.
-    """
-    hub = need("huggingface_hub", f"--source={place}")
-    org, name, *folders = place.rstrip("/").split("/")
-    repo = f"{org}/{name}"
-    below = "".join(f"{folder}/" for folder in folders)
-    try:
-        info = hub.HfApi().dataset_info(repo, files_metadata=True, timeout=10)
-    except Exception as error:  # of httpx, requests or huggingface_hub, as versions differ
-        raise UserError(f"{place} is no file or folder here, and the Hugging Face hub did not give it: "
-                        f"{first_line(error)}") from None
-    files = []
-    for file in sorted(info.siblings, key=lambda file: file.rfilename):
-        if file.rfilename.startswith(below):
-            path = f"hf://datasets/{repo}@{info.sha}/{file.rfilename}"
-            files.append(Input("", path, file.rfilename, file.size or 1))
-    return files
-
-
-def leave_out_twins(files):
-    """The files without those of train that hold the same bytes as a file of val or test. Says so."""
-    held_out = {}  # size: files of val and test
-    for file in files:
-        if file.split and file.size and os.path.exists(file.path):
-            held_out.setdefault(file.size, []).append(file)
-    kept = []
-    for file in files:
-        twin = None
-        if not file.split and os.path.exists(file.path):
-            for other in held_out.get(file.size, []):
-                if twin is None and filecmp.cmp(file.path, other.path, shallow=False):
-                    twin = other
-        if twin:
-            print(f"note: {file.path} holds the same bytes as {twin.path} of {twin.split}: left out of train")
-        else:
-            kept.append(file)
-    return kept
-
-
-def cut_texts(files, share):
-    """The files with each .txt among them cut into its splits. share: {"val": 0.02, "test": 0.02}.
-
-    The beginning goes to train, then come val and test, with their share of the bytes or a line more. So
-    each split has some of each text of a few lines, be there one or ten.
-    """
-    pieces = []
-    for file in files:
-        if file.split or not file.name.endswith(".txt"):
-            pieces.append(file)
-            continue
-        end = file.size
-        held_out = []
-        with open_input(file.path, CHUNK) as raw:
-            for split in ("test", "val"):
-                start = line_start(raw, max(0, end - math.ceil(file.size * share[split])))
-                if share[split] and 0 < start < end:
-                    held_out.append(file._replace(split=split, size=end - start, start=start, stop=end))
-                    end = start
-        pieces += [file._replace(split="train", size=end, stop=end), *held_out]
-    return pieces
-
-
-def line_start(raw, position):
-    """The last place up to `position` where a line of a file begins; in a line beyond 1 MiB, a character."""
-    low = max(0, position - CHUNK)
-    raw.seek(low)
-    before = raw.read(position - low)
-    newline = before.rfind(b"\n")
-    if newline >= 0 or low == 0:
-        return low + newline + 1
-    after = raw.read(1)
-    while after and after[0] & 0xC0 == 0x80 and before:  # inside a character of UTF-8
-        after = before[-1:]
-        before = before[:-1]
-    return low + len(before)
-
-# -----------------------------------------------------------------------------
-# files to chunks
 
 class Chunk(NamedTuple):
     """About 1 MiB of a file."""

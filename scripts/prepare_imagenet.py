@@ -385,9 +385,9 @@ def finish(part, classes):
         meta[name] = record[name]
     save_json(os.path.join(folder, "meta.json"), meta)
     print(f"{folder} is finished: {totals(meta)}{bad}")
-    empty = [split for split in SPLITS if not meta["splits"][split]["images"]]
-    if empty:
-        print(f"note: no image fell to {' and '.join(empty)}; --val_fraction, --test_fraction say which do")
+    for split, flags in (("val", "--val_fraction says"), ("test", "--test_fraction or --val_source says")):
+        if not meta["splits"][split]["images"]:
+            print(f"note: no image fell to {split}; {flags} which do")
 
 
 def check_sizes(folder, meta):

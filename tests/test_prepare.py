@@ -19,7 +19,7 @@ import pytest
 import tiktoken
 
 import prepare_pile
-from nanorank import text_files
+from nanorank import text_sources
 from nanorank.errors import UserError, user_errors
 from nanorank.shards import SPLITS, only_process, split_by_hash
 from nanorank.tokens import TokenSplit, crc32, open_splits, read_meta
@@ -191,7 +191,7 @@ def test_python_and_packages(prepare, tmp_path, monkeypatch):
                        ("site-packages/c.so", "no")):
         (tmp_path / "lib" / name).write_text(text, encoding="utf-8")
     places = {"stdlib": tmp_path / "lib", "purelib": tmp_path / "lib" / "site-packages"}
-    monkeypatch.setattr(text_files.sysconfig, "get_path", lambda name: str(places[name]))
+    monkeypatch.setattr(text_sources.sysconfig, "get_path", lambda name: str(places[name]))
     assert prepare(source="python", dataset="auto", tokenizer="auto", **NO_SPLIT)[0] == 0
     folder = tmp_path / "data" / "python"
     library = [*b"a = 1\n", 256, *"b = 'é'\n".encode(), 256]

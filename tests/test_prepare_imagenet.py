@@ -328,7 +328,7 @@ def devkit(folder, wnids):
 
 @pytest.mark.parametrize("how", ["csv", "devkit", "class folders"])
 def test_imagenets_validation_set_as_users_have_it(prepare, tmp_path, how):
-    """A bare training tar; a flat tar or folder with Kaggle's or the devkit's labels: they become train and test."""
+    """A bare training tar and a flat tar or folder with labels become train and test."""
     wnids = ["n01440764", "n01443537", "n02119789"]
     train = {f"{wnid}/{wnid}_{i}.JPEG": encoded(photo(f"{wnid}{i}")) for wnid in wnids for i in range(8)}
     tar = write_tar(tmp_path / "train.tar", train)
