@@ -140,8 +140,7 @@ class RecordedFiles:
         self.safe_interval = safe_interval  # seconds
         self.saved = time.monotonic()
         self.open = {}  # name: the file that is appended to
-        for stray in glob.glob(glob.escape(path) + ".tmp*"):
-            os.unlink(stray)
+        remove_strays(path)
 
         begun = os.path.exists(path)
         self.record = read_json(path) if begun else new_record
@@ -203,6 +202,12 @@ class RecordedFiles:
                 os.replace(self.temporary(file), os.path.join(self.folder, file["name"]))
                 if file["name"] in self.open:
                     self.open.pop(file["name"]).close()
+
+
+def remove_strays(path):
+    """Removes what kills left of earlier tries to write a file. No other process may be writing it."""
+    for stray in glob.glob(glob.escape(path) + ".tmp*"):
+        os.unlink(stray)
 
 
 def read_json(path):

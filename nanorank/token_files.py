@@ -120,7 +120,10 @@ def finish(folder, made_with, own, about, shard_index):
                             f"--test_source){bad}")
         raise UserError(f"no documents in --source={source}{bad}")
     check_sizes(folder, meta, "copy it again")
-    save_json(os.path.join(folder, "meta.json"), meta)
+    path = os.path.join(folder, "meta.json")
+    if len(parts) == 1:  # else another part may be writing it
+        shards.remove_strays(path)
+    save_json(path, meta)
     print(f"{folder} is finished: {totals(meta)}{bad}")
     note_shares(meta, own)
 

@@ -383,7 +383,9 @@ def finish(part, classes):
             "source": source, "checksum": "crc32"}
     for name in ("splits", "bad_images", "settings"):
         meta[name] = record[name]
-    save_json(os.path.join(folder, "meta.json"), meta)
+    path = os.path.join(folder, "meta.json")
+    shards.remove_strays(path)
+    save_json(path, meta)
     print(f"{folder} is finished: {totals(meta)}{bad}")
     for split, flags in (("val", "--val_fraction says"), ("test", "--test_fraction or --val_source says")):
         if not meta["splits"][split]["images"]:

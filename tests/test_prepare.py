@@ -465,6 +465,14 @@ def test_sigterm_saves_and_says_how_to_go_on(prepare, tmp_path, to):
     assert contents(tmp_path / "data" / "killed") == contents(tmp_path / "whole" / "killed")
 
 
+def test_a_kill_while_meta_json_is_written_leaves_nothing(prepare, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", texts_like_the_pile(50))
+    assert prepare(source=source)[0] == 0
+    (tmp_path / X / "meta.json").rename(tmp_path / X / "meta.json.tmp123")
+    assert prepare(source=source)[0] == 0
+    assert sorted(path.name for path in (tmp_path / X).glob("meta*")) == ["meta.json"]
+
+
 def test_finished_is_left_alone_and_other_settings_are_refused(prepare, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", texts_like_the_pile(50))
     assert prepare(source=source)[0] == 0
