@@ -14,9 +14,9 @@ byte-order mark at a file's start is dropped.
 
 Splits: val and test have files of their own if --val_source and --test_source name some, or if
 the source's file names do (train/00.jsonl.zst, val.jsonl.zst). Otherwise a hash of each
-document's text decides, so that equal texts stay together. Fewer than 1,000 .txt files are too few
-documents for that: the beginning of each goes to train, what follows to val and then test, cut behind
-lines. A source without test (--test_fraction=0) trains too.
+document's text decides, so that equal texts stay together. Fewer than 300 .txt files are too few
+documents for that: of each long one the beginning goes to train, what follows to val and then test, cut
+behind lines; short ones stay whole. A data set without test (--test_fraction=0) trains too.
 
 Ids: tiktoken's encode_ordinary and end-of-text for each document. Lone surrogates become U+FFFD.
 
@@ -46,7 +46,7 @@ from nanorank import shards
 from nanorank.console import StopSignal
 from nanorank.errors import UserError, user_errors
 from nanorank.text_files import CHUNK, read_chunks, records_of, text_of
-from nanorank.text_sources import cut_texts, find_files, leave_out_twins
+from nanorank.text_sources import find_files, leave_out_twins, split_texts
 from nanorank.token_files import Part, finish, verify
 from nanorank.tokenizer import encode, vocabulary
 
@@ -72,7 +72,7 @@ safe_interval = 10.0        # seconds between safe points: the work that a kill 
 # -----------------------------------------------------------------------------
 
 # the settings that the ids depend on
-FEW = 1000  # .txt files: fewer are too few documents to split by hash, and each is cut into its splits
+FEW = 300  # .txt files: fewer are too few documents to be sure that by hash each split has some
 
 MADE_WITH = ("source", "val_source", "test_source", "val_fraction", "test_fraction", "text_key",
              "max_document_mb", "tokenizer")
@@ -148,16 +148,16 @@ def find_all_files():
 
     by_hash = [file for file in files if not file.split]
     texts = [file for file in by_hash if file.name.endswith(".txt")]
-    is_cut = len(texts) == len(by_hash) < FEW and source not in ("python", "packages")
+    are_few = len(texts) == len(by_hash) < FEW and source not in ("python", "packages")
     about = [f"{len(files)} files, {sum(file.size for file in files) / 1e6:,.1f} MB"]
     for split, share in shares(files).items():
         n = sum(file.split == split for file in files)
         if n:
             about.append(f"{split}: {n} of the files")
         elif share:
-            about.append(f"{split}: {share:.1%} of " + ("each .txt" if is_cut else "documents by hash"))
+            about.append(f"{split}: {share:.1%} of " + ("the .txt files" if are_few else "documents by hash"))
     print("; ".join(about), flush=True)
-    return cut_texts(files, shares(files)) if is_cut else files
+    return split_texts(files, shares(files)) if are_few else files
 
 
 def shares(files):

@@ -2,7 +2,7 @@
 Finds files of text, here or on the Hugging Face hub, and says which split each belongs to.
 
     files = find_files("folder,more.jsonl.zst")
-    files = cut_texts(leave_out_twins(files), {"val": 0.02, "test": 0.02})
+    files = split_texts(leave_out_twins(files), {"val": 0.02, "test": 0.02})
 """
 import filecmp
 import math
@@ -122,27 +122,59 @@ def leave_out_twins(files):
     return kept
 
 
-def cut_texts(files, share):
-    """The files with each .txt among them cut into its splits. share: {"val": 0.02, "test": 0.02}.
+def split_texts(files, share):
+    """The files with each .txt of no split put into a split, or cut into all.
 
-    The beginning goes to train, then come val and test, with their share of the bytes or a line more. So
-    each split has some of each text of a few lines, be there one or ten.
+    share: {"val": 0.02, "test": 0.02}. A long text is cut behind lines: its beginning goes to train, what
+    follows to val and test. Short texts stay whole and go to train; if all are short, evenly spaced ones go
+    to val and test. One or two short texts are cut all the same. So each split has some.
     """
-    pieces = []
+    texts = [file for file in files if not file.split and file.name.endswith(".txt") and file.size]
+    cut = {file: cut_text(file, share) for file in texts}
+    long = [file for file in texts if is_near(file, cut[file], share)]
+    held_out = {} if long else spaced(texts, share)
+    placed = []
     for file in files:
-        if file.split or not file.name.endswith(".txt"):
-            pieces.append(file)
-            continue
-        end = file.size
-        held_out = []
-        with open_input(file.path, CHUNK) as raw:
-            for split in ("test", "val"):
-                start = line_start(raw, max(0, end - math.ceil(file.size * share[split])))
-                if share[split] and 0 < start < end:
-                    held_out.append(file._replace(split=split, size=end - start, start=start, stop=end))
-                    end = start
-        pieces += [file._replace(split="train", size=end, stop=end), *held_out]
-    return pieces
+        if file in long or file in cut and len(texts) < 3:
+            placed += cut[file]
+        elif not file.split:
+            placed.append(file._replace(split=held_out.get(file, "train")))
+        else:
+            placed.append(file)
+    return placed
+
+
+def cut_text(file, share):
+    """The Inputs of train, test and val that a text is cut into; a text of one line is train alone."""
+    end = file.size
+    held_out = []
+    with open_input(file.path, CHUNK) as raw:
+        for split in ("test", "val"):
+            start = line_start(raw, max(0, end - math.ceil(file.size * share[split])))
+            if share[split] and 0 < start < end:
+                held_out.append(file._replace(split=split, size=end - start, start=start, stop=end))
+                end = start
+    return [file._replace(split="train", size=end, stop=end), *held_out]
+
+
+def is_near(file, pieces, share):
+    """True if each piece of a cut text is between its share and twice that."""
+    sizes = {piece.split: piece.size for piece in pieces}
+    return all(0 < sizes.get(split, 0) <= 2 * x * file.size for split, x in share.items() if x)
+
+
+def spaced(texts, share):
+    """{file: split} of whole texts for val and test: their share, at least one, evenly spaced."""
+    n = len(texts)
+    chosen = {}
+    for split, x in share.items():
+        k = max(1, round(x * n)) if x else 0
+        for i in range(k):
+            at = int((i + 0.5) * n / k)
+            while texts[at % n] in chosen and len(chosen) < n:
+                at += 1
+            chosen.setdefault(texts[at % n], split)
+    return chosen
 
 
 def line_start(raw, position):

@@ -298,6 +298,26 @@ def test_short_texts_and_one_long_line(prepare, tmp_path, text, counts):
     assert ("no document fell to val; --val_fraction or --val_source" in output) == (text == "one line")
 
 
+@pytest.mark.parametrize("n_files, lines, counts", [
+    (10, 1, (8, 1, 1)), (10, 3, (8, 1, 1)), (100, 5, (96, 2, 2)), (3, 2, (1, 1, 1))])
+def test_short_texts_stay_whole(prepare, tmp_path, n_files, lines, counts):
+    (tmp_path / "in").mkdir()
+    for k in range(n_files):
+        (tmp_path / "in" / f"{k:03d}.txt").write_text("".join(f"{k} {i}\n" for i in range(lines)))
+    assert prepare(source=tmp_path / "in", val_fraction=0.02, test_fraction=0.02)[0] == 0
+    found = read_meta(str(tmp_path / X))["splits"]
+    assert tuple(found[split]["documents"] for split in SPLITS) == counts
+
+
+def test_a_long_text_among_short_ones_is_cut(prepare, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "book.txt").write_text("a line of it\n" * 2000)
+    (tmp_path / "in" / "note.txt").write_text("short")
+    assert prepare(source=tmp_path / "in", val_fraction=0.02, test_fraction=0.02)[0] == 0
+    assert decoded(tmp_path / X, "train") == "a line of it\n" * 1920 + "short"
+    assert decoded(tmp_path / X, "val") == decoded(tmp_path / X, "test") == "a line of it\n" * 40
+
+
 def test_train_and_val_files(prepare, tmp_path):
     for name in ("train", "val"):
         (tmp_path / "in").mkdir(exist_ok=True)
