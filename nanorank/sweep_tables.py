@@ -182,16 +182,29 @@ def paired_markdown(differences, rows, columns):
 
 # ----------------------------------------------------------------------------- report
 
+MAIN_METRICS = ("test_acc", "test_ppl", "val_acc", "val_ppl")  # data may be without test
+
+
+def main_metric(names):
+    """The first of MAIN_METRICS among the names of columns, None if there is none."""
+    for metric in MAIN_METRICS:
+        if metric in names:
+            return metric
+    return None
+
+
 def report(cells, summary, out_dir, rows, columns, metric=""):
-    """Writes table.md, which it prints, and paired.csv into out_dir; metric "": test_acc, else test_ppl."""
+    """Writes table.md, which it prints, and paired.csv into out_dir; metric "": the first of MAIN_METRICS."""
     names = {name for row in summary for name in row}
     n_done = sum(row["status"] == "done" for row in summary)
     if metric and metric not in names and n_done:
         raise UserError(f"--metric={metric} is no column of {os.path.join(out_dir, 'sweep.csv')}")
-    metric = metric or ("test_acc" if "test_acc" in names else "test_ppl")
+    metric = metric or main_metric(names)
     if metric not in names:
         print("no finished run yet, no table")
         return
+    if metric in MAIN_METRICS[2:]:
+        print(f"the data has no test split: tables show {metric}")
     best, word = None, ""
     if metric.endswith("acc"):
         best, word = max, ", highest bold"

@@ -53,7 +53,7 @@ figure = True                   # draw the figures (needs matplotlib)
 # table
 rows = "attn_wd"                # the setting that has a row a value
 columns = "mlp_wd"              # the setting that has a column a value; the rest of the grid: a table each
-metric = ""                     # a column of sweep.csv; empty: test_acc where there is one, else test_ppl
+metric = ""                     # a column of sweep.csv; empty: test_acc or test_ppl, else val's
 
 # settings that describe the model: result.json has the model's own
 SHAPE = (

@@ -309,6 +309,13 @@ def test_joined_settings_do_not_hide_runs(second, titles):
     assert not table.duplicated(["title", "row", "column", "seed"]).any()
 
 
+@pytest.mark.parametrize("names, metric", [
+    ({"val_acc", "test_acc", "test_ppl"}, "test_acc"), ({"val_ppl", "test_ppl"}, "test_ppl"),
+    ({"val_ppl", "val_loss"}, "val_ppl"), (set(), None)])
+def test_tables_show_val_where_the_data_has_no_test(names, metric):
+    assert sweep_tables.main_metric(names) == metric
+
+
 def test_runs_from_a_checkpoint_have_its_shape(tmp_path):
     """result.json states the checkpoint's shape; where there is none, another shape is another run."""
     result = {"n_layer": 1, "init_from": "a.pt", "bias": True, "seed": 1}

@@ -132,12 +132,14 @@ def label_ranks(fig, axes, wds, groups, d_head):
 # ------------------------------------------------------------------ two settings
 
 def wd_grid(path):
-    """Test perplexity (test_acc where there is one) over attn_wd x mlp_wd, mean +- sample sd over seeds."""
+    """Test perplexity or accuracy (val's if there is no test) over attn_wd x mlp_wd, mean +- sd over seeds."""
     table = read_csv(path, ("cell", "status", "attn_wd", "mlp_wd"))
-    for value, label in (("test_acc", "test accuracy"), ("test_ppl", "test perplexity")):
-        if value in table:
-            table["value"] = table[value]
-            return grid_figure(path, table, "wd_grid", ["attn_wd", "mlp_wd"], label, "cividis")
+    for split in ("test", "val"):
+        for name, word in (("acc", "accuracy"), ("ppl", "perplexity")):
+            if f"{split}_{name}" in table:
+                table["value"] = table[f"{split}_{name}"]
+                label = f"{split} {word}"
+                return grid_figure(path, table, "wd_grid", ["attn_wd", "mlp_wd"], label, "cividis")
     raise UserError(f"{path}: no run is done")
 
 
