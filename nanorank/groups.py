@@ -26,15 +26,17 @@ def places(names, modules):
     block. Layers of several stacks are told apart: encoder_layer_3, decoder_layer_3.
     """
     attention = attention_starts(modules)
-    blocks = block_starts(modules)
+    blocks, side_lists = block_starts(modules)
     own_modules = not any(is_block(module) for module in modules)
 
     found = {}
     for name in names:
         layer, longest = None, 0
-        for start, prefix in blocks.items():
+        for start, prefix in {**blocks, **side_lists}.items():
             match = re.match(start, name)
-            if match and len(match[0]) >= longest:
+            # net.0.weight in a torch.nn.Sequential: an embedding or a head among the blocks
+            is_leaf = match and start not in side_lists and name[len(match[0]):] in ("weight", "bias")
+            if match and not is_leaf and len(match[0]) >= longest:
                 layer, longest = f"{prefix}layer_{match[1]}", len(match[0])
 
         kind = "embed" if layer is None else "mlp"
@@ -59,14 +61,20 @@ def attention_starts(modules):
 
 
 def block_starts(modules):
-    """{beginning of the names in a block, a regular expression: prefix of its layer's name}."""
+    """Two dicts {beginning of the names in a layer, a regular expression: prefix of the layer's name}.
+
+    The first is of blocks. The second is of lists side by side: attentions.3, ffns.3, layer_norm1.3.
+    """
     blocks = {}
-    side_lists = {}  # the same for attentions.3, ffns.3, layer_norm1.3: lists side by side, no blocks
+    side_lists = {}
     for module in modules:
         prefix = f"{module.stack}_" if module.stack not in ("", "cross") else ""
         if module.block:
             blocks.setdefault(re.escape(module.block) + r"(\d+)\.", prefix)
+        elif module.path[:1].isdigit():  # a torch.nn.Sequential
+            number = module.path.partition(".")[0]
+            blocks.setdefault(rf"({number})\.", prefix)
         if is_block(module) and "." in module.path:
             parent = module.block.rstrip(".").rpartition(".")[0]
             side_lists[re.escape(parent) + r"\.?\w+\.(\d+)\."] = prefix
-    return {**blocks, **side_lists}
+    return blocks, side_lists

@@ -204,8 +204,10 @@ def test_adapters_are_a_group_of_their_own():
     net, _ = build("Llama")
     for layer in net.model.layers:
         layer.self_attn.q_proj = Lora(layer.self_attn.q_proj)
-    copy = nn.ModuleDict({"default": nn.Linear(24, 40, bias=False)})
-    net.lm_head = nn.ModuleDict({"original_module": net.lm_head.requires_grad_(False), "modules_to_save": copy})
+    net.lm_head = nn.ModuleDict({
+        "original_module": net.lm_head.requires_grad_(False),
+        "modules_to_save": nn.ModuleDict({"default": nn.Linear(24, 40, bias=False)}),
+    })
     before = {key: p.detach().clone() for key, p in net.named_parameters()}
     found = placed(net, groups_of(net))
     lora = {key for key in before if "lora" in key}
@@ -362,6 +364,18 @@ def test_an_mlp_inside_or_beside_attention_is_no_attention():
     found = placed(around, groups_of(around, pattern="qkv.weight,proj.weight", layout="fused"))
     assert found["stages.1.attn_block.mlp.fc1.weight"] == "mlp"
     assert found["stages.1.attn_block.attn.qkv.weight"] == "attn"
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_embedding_and_head_in_a_list_with_the_blocks(prefix):
+    """torch.nn.Sequential(Embedding, block, block, Linear)."""
+    blocks = list(build("torch.nn.TransformerEncoder")[0].encoder.layers)
+    net = nn.Sequential(nn.Embedding(9, 24), *blocks, nn.Linear(24, 9))
+    net = nn.ModuleDict({"net": net}) if prefix else net
+    found = placed(net, groups_of(net))
+    assert found[f"{prefix}0.weight"] == found[f"{prefix}3.weight"] == "embed"
+    assert found[f"{prefix}2.linear1.weight"] == "mlp"
+    assert found[f"{prefix}1.self_attn.in_proj_weight"] == "attn"
 
 
 def test_attention_of_a_model_a_state_dict_and_a_path(tmp_path):
