@@ -132,7 +132,7 @@ def label_ranks(fig, axes, wds, groups, d_head):
 # ------------------------------------------------------------------ two settings
 
 def wd_grid(path):
-    """Test perplexity or accuracy (val's if there is no test) over attn_wd x mlp_wd, mean +- sd over seeds."""
+    """Test perplexity or accuracy (val's if there is no test) over attn_wd x mlp_wd, mean +- sd."""
     table = read_csv(path, ("cell", "status", "attn_wd", "mlp_wd"))
     for split in ("test", "val"):
         for name, word in (("acc", "accuracy"), ("ppl", "perplexity")):
