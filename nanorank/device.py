@@ -90,13 +90,18 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
+def device_name(device):
+    """NVIDIA H100 80GB HBM3, or cpu, mps."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def peak_flops(device, dtype):
     """(FLOP/s that a step is compared with, where the number is from).
 
     NVIDIA's dense peak where the chip is known, else a GEMM timed here.
     """
     if device.type == "cuda" and dtype != torch.float32:
-        name = torch.cuda.get_device_name(device)
+        name = device_name(device)
         for chip, peak in DENSE_16_BIT.items():
             if chip in name:
                 return peak, f"{name} data sheet, 16 bit dense"

@@ -14,20 +14,14 @@ from nanorank.errors import UserError
 from nanorank.groups import NORM, places
 from nanorank.prefetch import read_ahead
 
-CURVES = {
-    "t": lambda t: t,
-    "sqrt(t)": np.sqrt,
-    "t^(1/4)": lambda t: t**0.25,
-    "log(t)": np.log,
-}
+CURVES = {"t": lambda t: t, "sqrt(t)": np.sqrt, "t^(1/4)": lambda t: t**0.25, "log(t)": np.log}
 
 
 def norm_rows(checkpoint, previous, done=lambda part: None):
     """The rows of norms.csv for one checkpoint, a dict for each group of parameters.
 
-    previous: the checkpoint before it in its run, or None. cos_prev, the cosine between the two, is
-    over the tensors that have the same shape in both. Scalars are left out; tied weights count once.
-    done(part) is called as parts of the work are done. Raises UserError for NaN or inf, naming the tensor.
+    cos_prev: the cosine to `previous`, the checkpoint before it in its run or None, over the tensors of the
+    same shape. Tied weights count once. Raises UserError for NaN or inf, naming the tensor.
     """
     groups = groups_of(checkpoint)
     shapes = checkpoint.shapes
@@ -50,14 +44,9 @@ def norm_rows(checkpoint, previous, done=lambda part: None):
 
     rows = []
     for group, (pp, pq, qq, shared, n) in sums.items():
-        rows.append({
-            "checkpoint": checkpoint.path,
-            "step": checkpoint.step,
-            "group": group,
-            "norm": float(pp**0.5),
-            "parameters": int(n),
-            "cos_prev": float(pq / (shared * qq) ** 0.5) if shared * qq else "",
-        })
+        cosine = float(pq / (shared * qq) ** 0.5) if shared * qq else ""
+        rows.append({"checkpoint": checkpoint.path, "step": checkpoint.step, "group": group,
+                     "norm": float(pp**0.5), "parameters": int(n), "cos_prev": cosine})
     return rows
 
 
@@ -69,7 +58,8 @@ def groups_of(checkpoint):
         transformer.h.3.ln_1.weight           all, layer_3
         transformer.wte.weight                all, embed
 
-    Parameters of norms are in none of attn, mlp, embed.
+    attn: in an attention module; mlp: elsewhere in a block; embed: in no block; norms are in none. Layers
+    of several stacks are told apart: encoder_layer_3, decoder_layer_3.
     """
     groups = {}
     for name, (kind, layer) in places(checkpoint.parameters(), checkpoint.modules()).items():
