@@ -75,7 +75,6 @@ class Trial:
         self.row.update(seconds_undisturbed=0.0, seconds=0.0, failures=0)
         self.program, self.work, self.n_faults, self.hit = program, work, n_faults, hit
         self.rng = random.Random(f"{seed} {name}")
-        self.began = self.spoke = time.monotonic()
 
     def more(self):
         return self.row["faults"] < self.n_faults
@@ -100,6 +99,7 @@ class Trial:
     def run(self):
         """Runs the program until it was hit often enough. Returns the row."""
         row = self.row
+        self.began = self.spoke = time.monotonic()
         is_torchrun = self.hit is hit_torchrun
         expected, seconds = undisturbed(self.program, self.work, is_torchrun)
         row["seconds_undisturbed"] = round(seconds, 2)
