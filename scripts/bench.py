@@ -16,15 +16,14 @@ How close each hot path is to its floor, in one interleaved run: medians, ratios
 
 A ratio is our time over the floor's, so 1 is the floor itself. Run it on an otherwise idle machine.
 """
-import contextlib
 import importlib.util
-import io
 import itertools
 import os
 import sys
 import tempfile
 from types import SimpleNamespace
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
@@ -41,7 +40,7 @@ from nanorank.images import ImageSplit
 from nanorank.loss import head_loss
 from nanorank.spectra import summary
 from scripts import bench_paths
-from scripts.timing import Setup, in_a_process, interleaved, row, table
+from scripts.timing import Setup, in_a_process, interleaved, row
 
 repeats = 7             # of each contestant, interleaved; medians are printed
 device = "auto"         # auto, cpu, cuda, mps
@@ -51,10 +50,7 @@ out_dir = "out/bench"   # where bench.json goes
 # -------------------------------------------------------------- training steps
 
 def stepper(net, optimizer, inputs, loss_of, setup):
-    """A function that takes one optimizer step on the same inputs, as trainers do, and returns the loss.
-
-    loss_of: from what `net` returns to the loss.
-    """
+    """A function that takes one optimizer step on the same inputs; it returns loss_of(what net returns)."""
     def step():
         with torch.autocast(setup.device.type, setup.dtype, enabled=setup.dtype != torch.float32):
             loss = loss_of(net(*inputs))
@@ -68,7 +64,6 @@ def stepper(net, optimizer, inputs, loss_of, setup):
 
 
 def compiled(model, setup):
-    """As the trainers do by default."""
     return torch.compile(model, dynamic=False) if setup.device.type == "cuda" else model
 
 
@@ -80,16 +75,15 @@ def train_step(model, inputs, loss_of, setup):
 
 
 def nanogpt_step(setup, peer, args, state, inputs):
-    """The same for nanoGPT: its model and optimizer, from our weights."""
+    """A step of nanoGPT's model and optimizer, from our weights."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(peer, "model.py"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclass looks itself up there
-    with contextlib.redirect_stdout(io.StringIO()):
-        spec.loader.exec_module(module)
-        model = module.GPT(module.GPTConfig(**args))
-        model.load_state_dict(state)
-        model.to(setup.device)
-        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), setup.device.type)
+    spec.loader.exec_module(module)
+    model = module.GPT(module.GPTConfig(**args))
+    model.load_state_dict(state)
+    model.to(setup.device)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), setup.device.type)
     inputs = [x.to(setup.device) for x in inputs]
     return stepper(compiled(model, setup), optimizer, inputs, lambda out: out[1], setup)
 
@@ -114,15 +108,14 @@ def large_gemm(setup):
 # ------------------------------------------------------------------ benchmarks
 
 def bench_step(setup):
-    """GPT-2 small on a GPU, the demo's model on a CPU; each at two shapes."""
-    if setup.device.type == "cuda":
+    if setup.device.type == "cuda":  # GPT-2 small
         args = dict(vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=False)
-        yield from bench_gpt({**args, "block_size": 756}, 32, setup)
-        yield from bench_gpt({**args, "block_size": 1024}, 24, setup)
-    else:
+        yield from bench_gpt(dict(block_size=756, **args), 32, setup)
+        yield from bench_gpt(dict(block_size=1024, **args), 24, setup)
+    else:  # the demo's model
         args = dict(block_size=128, n_layer=4, n_head=4, n_embd=128, bias=False)
-        yield from bench_gpt({**args, "vocab_size": 320}, 16, setup)
-        yield from bench_gpt({**args, "vocab_size": 50304}, 16, setup)
+        yield from bench_gpt(dict(vocab_size=320, **args), 16, setup)
+        yield from bench_gpt(dict(vocab_size=50304, **args), 16, setup)
 
 
 def bench_gpt(args, B, setup):
@@ -256,7 +249,8 @@ def main(names):
     rows = []
     for name in names:
         rows += BENCHES[name](setup)
-    print(table(rows))
+    shown = pd.DataFrame(rows)[["path", "what", "floor", "seconds", "floor_seconds", "ratio"]]
+    print(shown.to_markdown(index=False, floatfmt=("", "", "", ".6f", ".6f", ".2f")))
     os.makedirs(out_dir, exist_ok=True)
     save_json(os.path.join(out_dir, "bench.json"), {**about, "rows": rows})
 

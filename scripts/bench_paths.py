@@ -5,7 +5,6 @@ import contextlib
 import glob
 import importlib.util
 import io
-import json
 import os
 import pathlib
 import shutil
@@ -16,6 +15,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import torch
 
 import prepare_pile
@@ -57,7 +57,6 @@ def write_images(folder, n, height, width):
 
 
 def start(setup):
-    """train_lm.py from the command line to its first step, not compiled, against importing torch."""
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(os.path.join(folder, "text"), "byte", 257, 1_000_000)
         command = [sys.executable, "train_lm.py", "config/demo.py", "--dataset=text", f"--data_dir={folder}",
@@ -80,7 +79,6 @@ def start(setup):
 
 
 def batches(setup):
-    """128 windows of 757 tokens out of 200 M, against memcpy of the same bytes and nanoGPT's get_batch."""
     T, B = 756, 128
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(folder, "gpt2", 50257, 200_000_000)
@@ -109,11 +107,7 @@ def batches(setup):
 
 
 def spectra(setup):
-    """One layer and product of Llama 2 7B, 32 heads of 4096 x 128, in memory or read from the page cache.
-
-    Against one pass of float32 Gram products over the factors, against TransformerLens's three SVDs a head,
-    and against the SVD of the whole product (one head, times 32).
-    """
+    """One layer and product of Llama 2 7B, 32 heads of 4096 x 128, in memory or read from the page cache."""
     torch.manual_seed(0)
     weights = torch.randn(2, 32, 128, 4096)  # W_Q and W_K
     A, B = qk_factors(*weights.to(setup.device))
@@ -170,7 +164,6 @@ def factored_matrix_svd(A, B):
 
 
 def checkpoint(setup, out_dir):
-    """Saving 100 MB, against writing and fsyncing the same bytes."""
     state = {"model": {f"w{i}": torch.randn(25, 1024, 256) for i in range(4)}}
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -186,16 +179,13 @@ def checkpoint(setup, out_dir):
 
 
 def prepare(setup):
-    """prepare_pile.py on this Python's library and packages, against tiktoken alone and datasets.map."""
     import tiktoken
     enc = tiktoken.get_encoding("gpt2")
     n_cores = os.cpu_count()
     texts = python_sources()
     with tempfile.TemporaryDirectory() as folder:
         source = os.path.join(folder, "documents.jsonl")
-        with open(source, "w", encoding="utf-8") as file:
-            for text in texts:
-                file.write(json.dumps({"text": text}) + "\n")
+        pd.DataFrame({"text": texts}).to_json(source, orient="records", lines=True)
         mapped = pathlib.Path(folder, "map.bin")
         contestants = {
             "alone": lambda: tiktoken_alone(enc, texts, n_cores),
@@ -222,7 +212,7 @@ def python_sources():
     texts, size = [], 0
     library = os.path.join(sysconfig.get_path("stdlib"), "**", "*.py")
     for path in sorted(glob.glob(library, recursive=True)):
-        texts.append(pathlib.Path(path).read_text(encoding="utf-8", errors="replace"))
+        texts.append(pathlib.Path(path).read_text("utf-8", "replace"))
         size += len(texts[-1])
         if size > 80e6:
             break

@@ -7,7 +7,6 @@ import sys
 import time
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 
 from nanorank.device import synchronize
@@ -42,20 +41,9 @@ def seconds_of(function, setup):
 def row(path, what, seconds, floor, floor_seconds, **more):
     """A row of bench.json: our seconds against the floor's."""
     ratio = seconds / floor_seconds
-    print(f"{path}: {what}: {ratio:.2f} of {floor}", file=sys.stderr, flush=True)
+    print(f"{path}: {what}: {ratio:.2f} of {floor}", more or "", file=sys.stderr, flush=True)
     return {"path": path, "what": what, "seconds": seconds, "floor": floor, "floor_seconds": floor_seconds,
             "ratio": ratio, **more}
-
-
-def table(rows):
-    """The rows as a table of markdown."""
-    lines = []
-    for x in rows:
-        more = ", ".join(f"{name} {value:.4g}" for name, value in list(x.items())[6:])
-        lines.append({"path": x["path"], "what": x["what"], "against": x["floor"],
-                      "ours, ms": f"{1e3 * x['seconds']:.3f}", "that, ms": f"{1e3 * x['floor_seconds']:.3f}",
-                      "ratio": f"{x['ratio']:.2f}", "more": more})
-    return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
 
 
 def in_a_process(make, *args):
