@@ -4,8 +4,7 @@ Pillow's image operations on batches of images, on any device: uint8 (n, 3, H, W
     y = rotate(x, 30.0)                          # all images alike
     y = posterize(x, np.array([4, 7, 8]))        # an argument for each of three images
 
-Arguments are numbers, or arrays on the host with one entry an image. The reference of every operation
-is Pillow, to the bit; tests/test_augment.py compares them.
+Arguments are numbers, or arrays on the host with one entry an image. Every operation is Pillow's to the bit.
 """
 import numpy as np
 import torch
@@ -53,9 +52,7 @@ def equalize(x):
     one = torch.ones((), dtype=torch.int32, device=x.device)
     counts = torch.zeros(*index.shape[:2], 256, dtype=torch.int32, device=x.device)
     counts.scatter_add_(2, index, one.expand_as(index))
-
-    # pixels of the brightest level do not count in the step
-    brightest = counts.gather(2, x.flatten(2).amax(2, keepdim=True).long())
+    brightest = counts.gather(2, index.amax(2, keepdim=True))  # do not count in the step
     step = (index.shape[2] - brightest) // 255
     darker = counts.cumsum(2) - counts  # pixels below each level
     table = ((darker + step // 2) // step.clamp(min=1)).clamp_(max=255)
@@ -108,8 +105,7 @@ def color(x, factor):
 def contrast(x, factor):
     """From its mean grey (0) over the image (1) to more contrast (ImageEnhance.Contrast).
 
-    big_vision's TensorFlow divides the sum of the grey values' histogram, which is the number of
-    pixels, by 256: its mean grey depends on the image's size alone. Here it is the mean.
+    big_vision's TensorFlow takes the number of pixels / 256 for the mean, by mistake.
     """
     pixels = x.shape[2] * x.shape[3]
     total = luma(x).sum((2, 3), keepdim=True)
@@ -125,8 +121,7 @@ def brightness(x, factor):
 def sharpness(x, factor):
     """From smoothed (0) over the image (1) to sharper (ImageEnhance.Sharpness).
 
-    Smoothed: the mean over 3 x 3 pixels, the central one counted five times, rounded (big_vision's TensorFlow
-    truncates). The outermost pixels stay as they are.
+    Smoothed: the mean over 3 x 3 pixels, the central one counted five times, rounded; not the outermost ones.
     """
     smooth = x.float()
     if min(x.shape[2:]) > 2:
@@ -142,8 +137,7 @@ def sharpness(x, factor):
 def affine(x, matrix):
     """Image.transform(AFFINE, NEAREST): output pixel (i, j) is the input's at matrix @ (j, i, 1), else GREY.
 
-    matrix: float64 (n, 6) or (6,), on the host, gives (column, row). Pillow's pixels are centred on
-    halves, and its sums have 16 bits of fraction.
+    matrix: float64 (n, 6) or (6,), on the host, gives (column, row). Pillow's sums have 16 bits of fraction.
     """
     n, _, H, W = x.shape
     a, b, c, d, e, f = np.asarray(matrix, dtype=np.float64).T
@@ -166,10 +160,8 @@ def affine(x, matrix):
 def rotate(x, degrees):
     """Counter-clockwise about the centre (Image.rotate, NEAREST)."""
     angle = -np.radians(np.asarray(degrees, dtype=np.float64) % 360)
-    cos = np.round(np.cos(angle), 15)
-    sin = np.round(np.sin(angle), 15)
-    j = x.shape[3] / 2  # the centre stays where it is
-    i = x.shape[2] / 2
+    cos, sin = np.round([np.cos(angle), np.sin(angle)], 15)
+    i, j = x.shape[2] / 2, x.shape[3] / 2  # the centre stays where it is
     matrix = [cos, sin, j - (cos * j + sin * i), -sin, cos, i - (cos * i - sin * j)]
     return affine(x, np.stack(matrix, axis=-1))
 
