@@ -58,9 +58,9 @@ def random_crops(heights, widths, seed, numbers, area=(0.05, 1.0), ratio=(3 / 4,
     central_w = np.clip(np.rint(heights * ratio[1]).astype(np.int64), 1, widths)
     h = np.where(found, h[first], central_h)
     w = np.where(found, w[first], central_w)
-    top = np.where(found, u[:, 20] * (heights - h + 1), (heights - h) // 2).astype(np.int64)
-    left = np.where(found, u[:, 21] * (widths - w + 1), (widths - w) // 2).astype(np.int64)
-    return np.stack([top, left, h, w], axis=1)
+    top = np.where(found, u[:, 20] * (heights - h + 1), (heights - h) // 2)
+    left = np.where(found, u[:, 21] * (widths - w + 1), (widths - w) // 2)
+    return np.stack([top, left, h, w], axis=1).astype(np.int64)
 
 # ------------------------------------------------------------------------------------------ resize
 
@@ -220,8 +220,7 @@ def mix(x, labels, n_classes, seed, numbers, mixup=0.0, cutmix=0.0):
     share, cut, top, bottom, left, right = to_device(plan, x.device)[..., None, None, None]  # (B, 1, 1, 1)
     weight = share.to(x.dtype)
     if cutmix:
-        i = torch.arange(H, device=x.device)[:, None]
-        j = torch.arange(W, device=x.device)
+        i, j = torch.arange(H, device=x.device)[:, None], torch.arange(W, device=x.device)
         box = (i >= top) & (i < bottom) & (j >= left) & (j < right)  # (B, 1, H, W)
         weight = torch.where(cut > 0, (~box).to(x.dtype), weight)
     x = (weight * x).addcmul_(1 - weight, partners(x))

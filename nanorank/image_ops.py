@@ -35,8 +35,7 @@ def auto_contrast(x):
     """Each channel of each image stretched linearly to 0 ... 255 (ImageOps.autocontrast)."""
     # Pillow computes in float64; mps has none, and may miss by 1
     exact = torch.float32 if x.device.type == "mps" else torch.float64
-    lo = x.flatten(2).amin(2, keepdim=True).to(exact)  # (n, 3, 1)
-    hi = x.flatten(2).amax(2, keepdim=True).to(exact)
+    lo, hi = [z.to(exact) for z in x.flatten(2).aminmax(dim=2, keepdim=True)]  # (n, 3, 1)
     # torch's 255 / tensor multiplies by the reciprocal, which is not quite the same
     scale = torch.full_like(hi, 255) / (hi - lo)
     scale = torch.where(hi > lo, scale, 1)
@@ -128,8 +127,7 @@ def sharpness(x, factor):
         inner = smooth[:, :, 1:-1, 1:-1]
         rows = (smooth[:, :, :-2] + smooth[:, :, 1:-1]).add_(smooth[:, :, 2:])
         total = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(inner, alpha=4)
-        # sums are whole numbers, so float32's error never crosses a step
-        inner.copy_(total.add_(6.5).mul_(1 / 13).floor_())
+        inner.copy_(total.add_(6.5).mul_(1 / 13).floor_())  # exact: sums are whole numbers
     return blend(smooth, x, factor)
 
 # ---------------------------------------------------------------------------------------- geometry
@@ -141,10 +139,9 @@ def affine(x, matrix):
     """
     n, _, H, W = x.shape
     a, b, c, d, e, f = np.asarray(matrix, dtype=np.float64).T
-    # + 1: the input gets a margin of one grey pixel
-    c = c + 0.5 * a + 0.5 * b + 1
-    f = f + 0.5 * d + 0.5 * e + 1
-    fixed = np.stack([a, b, c, d, e, f], axis=-1).reshape(-1, 6, 1, 1)
+    # from the pixels' centres; + 1: the input gets a margin of one grey pixel
+    fixed = [a, b, c + 0.5 * a + 0.5 * b + 1, d, e, f + 0.5 * d + 0.5 * e + 1]
+    fixed = np.stack(fixed, axis=-1).reshape(-1, 6, 1, 1)
     fixed = np.floor(fixed * 65536 + 0.5).astype(np.int32)
     a, b, c, d, e, f = to_device(fixed, x.device).unbind(1)  # (n or 1, 1, 1)
 
@@ -168,7 +165,7 @@ def rotate(x, degrees):
 
 def affine_one(x, entry, values):
     """affine with the identity matrix but for one entry, whose value is given."""
-    matrix = np.zeros((*np.shape(values), 6)) + (1, 0, 0, 0, 1, 0)
+    matrix = np.broadcast_to([1.0, 0, 0, 0, 1, 0], (*np.shape(values), 6)).copy()
     matrix[..., entry] = values
     return affine(x, matrix)
 
@@ -195,10 +192,6 @@ def translate_y(x, pixels):
 
 def cutout(x, row, column, half):
     """Grey in a square of side 2 * half about (row, column), as far as it is in the image."""
-    i = torch.arange(x.shape[2], device=x.device)[:, None]
-    j = torch.arange(x.shape[3], device=x.device)
-    row = per_image(row, x.device, np.int64)
-    column = per_image(column, x.device, np.int64)
-    in_rows = (i >= row - half) & (i < row + half)
-    in_columns = (j >= column - half) & (j < column + half)
-    return x.masked_fill(in_rows & in_columns, GREY)
+    i = torch.arange(x.shape[2], device=x.device)[:, None] - per_image(row, x.device, np.int64)
+    j = torch.arange(x.shape[3], device=x.device) - per_image(column, x.device, np.int64)
+    return x.masked_fill((i >= -half) & (i < half) & (j >= -half) & (j < half), GREY)
