@@ -6,11 +6,9 @@ Linear models whose weight is a product, W = A_1 ... A_n, with L2 on the factors
     measure(A)["discrepancy"]                               # |A_1^T A_1 - A_2 A_2^T|
     expected("flow", m, lam=0.3, depth=2)                   # where the singular values of W end
 
-Three facts are known in advance:
-
-- Under gradient flow, A_1^T A_1 - A_2 A_2^T shrinks as exp(-2 lam t), whatever the loss is.
-- |A_1|^2 + |A_2|^2 >= 2 |A_1 A_2|_* (the nuclear norm), with equality where that difference is 0.
-- n factors have sum |A_l|^2 >= n sum_i s_i^(2/n), s_i the singular values of W; equality at balance again.
+Known in advance: under gradient flow, A_1^T A_1 - A_2 A_2^T shrinks as exp(-2 lam t), whatever the loss is.
+n factors have sum |A_l|^2 >= n sum_i s_i^(2/n), s_i the singular values of W, with equality where these
+differences are 0; for n = 2 it is twice the nuclear norm.
 """
 import functools
 import itertools

@@ -180,7 +180,11 @@ def checkpoint(setup, out_dir):
 
 def prepare(setup):
     import tiktoken
-    enc = tiktoken.get_encoding("gpt2")
+    try:
+        enc = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # no network
+        print(f"prepare left out, no vocabulary ({type(error).__name__}): set TIKTOKEN_CACHE_DIR")
+        return
     n_cores = os.cpu_count()
     texts = python_sources()
     with tempfile.TemporaryDirectory() as folder:
@@ -220,7 +224,7 @@ def python_sources():
 
 
 def tiktoken_alone(enc, texts, n_cores):
-    """The number of tokens, by threads over encode_to_numpy: faster than encode_ordinary_batch."""
+    """The number of tokens, by threads; encode_to_numpy is faster than encode_ordinary_batch."""
     def count(block):
         return sum(len(enc.encode_to_numpy(text, disallowed_special=())) for text in block)
 
