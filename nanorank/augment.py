@@ -8,9 +8,8 @@ Batches of images -> augmented batches, on the training device: random crop, fli
     x = rand_augment(x, seed, numbers, layers=2, magnitude=10)
     x, targets = mix(normalise(x), labels, n_classes, seed, numbers, mixup=0.2)
 
-All randomness is a pure function of (seed, sample number), computed on the host. An image's
-augmentation is the same however the stream is split into batches and processes; there is no state, and
-no step waits for the device. Images are uint8 (n, 3, H, W) where nothing else is said.
+All randomness is a pure function of (seed, sample number), computed on the host: the same however the
+stream is split into batches and processes. Images are uint8 (n, 3, H, W) where nothing else is said.
 """
 import numpy as np
 import torch
@@ -24,27 +23,24 @@ from nanorank.rng import beta, uniform
 # ------------------------------------------------------------------------------------------- crops
 
 def flips(seed, numbers, p=0.5):
-    """Which samples are mirrored, each with probability p: bool (len(numbers),)."""
+    """Which samples are mirrored, each with probability p: bool (n,)."""
     return uniform(seed, "flip", numbers) < p
 
 
 def random_crops(heights, widths, seed, numbers, area=(0.05, 1.0), ratio=(3 / 4, 4 / 3)):
     """Random resized crops of images of these sizes: int64 (B, 4), top, left, height, width.
 
-    Ten times a share of the image's area and a ratio width / height (uniform in the logarithm) are
-    drawn. The first crop that fits is taken, else the largest central one within the ratios, as in
-    torchvision's RandomResizedCrop. So no crop is wider than ratio[1] times its height nor higher than
-    its width / ratio[0], and panoramas do not widen a batch. Raises UserError for bounds that are not
-    ordered or positive, and for empty images.
+    Ten times a share of the image's area and a ratio width / height (uniform in the logarithm) are drawn.
+    The first crop that fits is taken, else the largest central one within the ratios, as in torchvision's
+    RandomResizedCrop. Raises UserError for bounds out of order and for empty images.
     """
-    heights = np.asarray(heights, dtype=np.int64)
-    widths = np.asarray(widths, dtype=np.int64)
+    heights, widths = np.asarray([heights, widths], dtype=np.int64)
     if not 0 < area[0] <= area[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
         raise UserError(f"area={area}, ratio={ratio}: expects 0 < area[0] <= area[1] <= 1 "
                         "and 0 < ratio[0] <= ratio[1]")
-    if min(heights.min(initial=1), widths.min(initial=1)) < 1:
-        empty = numbers[int(np.argmin(np.minimum(heights, widths)))]
-        raise UserError(f"image number {empty} is empty: expects 1 x 1 or larger")
+    shortest = np.minimum(heights, widths)
+    if shortest.min(initial=1) < 1:
+        raise UserError(f"image number {numbers[shortest.argmin()]} is empty: expects 1 x 1 or larger")
 
     # ten tries: w and h (B, 10)
     u = uniform(seed, "crop", numbers, 22)
@@ -62,33 +58,28 @@ def random_crops(heights, widths, seed, numbers, area=(0.05, 1.0), ratio=(3 / 4,
     central_w = np.clip(np.rint(heights * ratio[1]).astype(np.int64), 1, widths)
     h = np.where(found, h[first], central_h)
     w = np.where(found, w[first], central_w)
-    top = np.where(found, u[:, 20] * (heights - h + 1), (heights - h) // 2).astype(np.int64)
-    left = np.where(found, u[:, 21] * (widths - w + 1), (widths - w) // 2).astype(np.int64)
-    return np.stack([top, left, h, w], axis=1)
+    top = np.where(found, u[:, 20] * (heights - h + 1), (heights - h) // 2)
+    left = np.where(found, u[:, 21] * (widths - w + 1), (widths - w) // 2)
+    return np.stack([top, left, h, w], axis=1).astype(np.int64)
 
 # ------------------------------------------------------------------------------------------ resize
 
 def resize(pixels, sizes, out, boxes=None, flip=None):
     """Crops of padded images, resized: uint8 (B, 3, out, out), antialiased bilinear, as Pillow's resize.
 
-    pixels: uint8 (B, H, W, 3) on the device. sizes: (B, 2), height and width of the part that is valid,
-    1 at least; the rest is never read. out: side in pixels, or (height, width). boxes: float (B, 4),
-    top, left, height, width, by default all that is valid. flip: bool (B,), mirrored left to right.
-    sizes, boxes and flip are tensors on the device or arrays on the host.
-
-    Pillow rounds to uint8 between its two passes and this does not, so they differ by one level at
-    most. With TF32 products pixels are exact (8 of its 11 bits) and weights are not, which can cost
-    another level.
+    pixels: uint8 (B, H, W, 3) on the device. sizes: (B, 2), height and width of the part that is valid; the
+    rest is never read. out: side in pixels, or (height, width). boxes: float (B, 4), top, left, height,
+    width, by default all that is valid. flip: bool (B,), mirrored left to right. sizes, boxes and flip are
+    tensors on the device or arrays on the host. Pillow rounds to uint8 between its two passes, this does
+    not: they differ by one level at most (by two where TF32 rounds the weights).
     """
     device = pixels.device
     B, H, W, _ = pixels.shape
     if device.type == "cpu" and B > 8:  # a third less time: what is in flight stays in the caches
         parts = []
         for k in range(0, B, 8):
-            part = slice(k, k + 8)
-            part_boxes = None if boxes is None else boxes[part]
-            part_flip = None if flip is None else flip[part]
-            parts.append(resize(pixels[part], sizes[part], out, part_boxes, part_flip))
+            own = [None if x is None else x[k:k + 8] for x in (boxes, flip)]
+            parts.append(resize(pixels[k:k + 8], sizes[k:k + 8], out, *own))
         return torch.cat(parts)
 
     out_h, out_w = (out, out) if isinstance(out, int) else out
@@ -110,8 +101,8 @@ def resize(pixels, sizes, out, boxes=None, flip=None):
 def triangle_weights(valid, n, start, length, out):
     """Weights (B, out, n), float32, of n pixels in `out` pixels that share [start, start + length).
 
-    The first `valid` (B,) of the n pixels count. The triangle is as wide as an output pixel, or as an
-    input pixel where those are wider; weights are scaled to sum 1.
+    The first `valid` (B,) of the n pixels count. The triangle is as wide as an output pixel, or as an input
+    pixel where those are wider.
     """
     scale = (length / out)[:, None, None]
     number = torch.arange(out, device=valid.device)[:, None] + 0.5
@@ -127,8 +118,7 @@ def operations(level, H, W, sign, row, column):
     """RandAugment's operations and arguments at level / 10 of full strength, as in big_vision's `randaug`.
 
     sign (-1 or 1), row, column: arrays, one entry an image. Moves and holes are 100 and 40 pixels at
-    224 x 224 there; here they are as much of any image, so that a recipe means the same at all
-    resolutions.
+    224 x 224 there; here they are as much of any image.
     """
     level = level / 10
     factor = 0.1 + 1.8 * level
@@ -155,8 +145,7 @@ def operations(level, H, W, sign, row, column):
 def rand_augment(x, seed, numbers, layers=2, magnitude=10):
     """RandAugment (Cubuk et al. 2020): `layers` times one of sixteen operations, drawn for each image.
 
-    x: uint8, returned as uint8. numbers: sample numbers (n,), on the host.
-    Raises UserError for negative layers or magnitude, and unless there is a number for each image.
+    numbers: sample numbers (n,), on the host. Raises UserError for what is negative or not of one length.
     """
     n, _, H, W = x.shape
     if layers < 0 or magnitude < 0:
@@ -165,35 +154,24 @@ def rand_augment(x, seed, numbers, layers=2, magnitude=10):
         raise UserError(f"{len(numbers)} sample numbers for {n} images: expects one each")
     if not layers or not n:
         return x
-    u = uniform(seed, "randaugment", numbers, 4 * layers)
-    u = u.reshape(n, layers, 4).transpose(1, 2, 0)  # (layers, 4, n)
-
-    # images of one operation stand side by side; moves[k] leads from one layer's order to the next
-    op = (16 * u[:, 0]).astype(np.int64)
-    order = np.argsort(op, axis=1, kind="stable")
-    place = np.argsort(order, axis=1)
-    moves = [order[0]]
-    for k in range(1, layers):
-        moves.append(place[k - 1][order[k]])
-    moves.append(place[-1])
-    moves = to_device(np.stack(moves), x.device)  # one copy for all
-
+    u = uniform(seed, "randaugment", numbers, 4 * layers).reshape(n, layers, 4)
     for k in range(layers):
-        x = x[moves[k]]
-        sign = np.where(u[k, 1] < 0.5, -1, 1)[order[k]]
-        row = (u[k, 2] * H).astype(np.int64)[order[k]]
-        column = (u[k, 3] * W).astype(np.int64)[order[k]]
-        ops = operations(magnitude, H, W, sign, row, column)
-        counts = np.bincount(op[k], minlength=len(ops))
-        parts, start = [], 0
-        for (function, arguments), count in zip(ops.items(), counts):
-            end = start + count
-            if count:
+        # images of one operation stand side by side: a call for each operation
+        op = np.floor(16 * u[:, k, 0])
+        order = np.argsort(op, kind="stable")
+        to_groups, back = to_device(np.stack([order, np.argsort(order)]), x.device)
+        sign, row, column = u[order, k, 1:].T
+        ops = operations(magnitude, H, W, np.where(sign < 0.5, -1, 1), (row * H).astype(np.int64),
+                         (column * W).astype(np.int64))
+        ends = np.searchsorted(op[order], range(len(ops) + 1))
+        x = x[to_groups]
+        parts = []
+        for (function, arguments), start, end in zip(ops.items(), ends, ends[1:]):
+            if start < end:
                 own = [a[start:end] if np.ndim(a) else a for a in arguments]
                 parts.append(function(x[start:end], *own))
-            start = end
-        x = torch.cat(parts)
-    return x[moves[layers]]
+        x = torch.cat(parts)[back]
+    return x
 
 # ----------------------------------------------------------------------------------- mixup, cutmix
 
@@ -203,10 +181,9 @@ def mix(x, labels, n_classes, seed, numbers, mixup=0.0, cutmix=0.0):
     x: float (B, C, H, W). labels: int64 (B,) on its device. mixup, cutmix: alpha of Beta(alpha, alpha),
     0 for none; with both, each pair tosses a fair coin. Returns x and targets (B, n_classes), float32.
 
-    Samples 2k and 2k + 1 are mixed with each other, so that pairs do not depend on how the stream is
-    split. Mixup keeps the larger share of each image, as big_vision does. Cutmix swaps a box of share 1
-    - lambda about a uniform centre, clipped to the image; the pixels of the clipped box set the
-    targets. Raises UserError unless the batch begins with an even number and holds whole pairs.
+    Samples 2k and 2k + 1 are mixed with each other. Mixup keeps the larger share of each image, as
+    big_vision does. Cutmix swaps a box of share 1 - lambda about a uniform centre, clipped to the image.
+    Raises UserError unless the batch begins with an even number and holds whole pairs.
     """
     B, _, H, W = x.shape
     targets = F.one_hot(labels, n_classes).float()
@@ -215,9 +192,7 @@ def mix(x, labels, n_classes, seed, numbers, mixup=0.0, cutmix=0.0):
     if not mixup and not cutmix:
         return x, targets
     numbers = np.asarray(numbers)
-    paired = len(numbers) == B and B % 2 == 0
-    paired = paired and not (numbers[::2] % 2).any() and (numbers[1::2] == numbers[::2] + 1).all()
-    if not paired:
+    if B % 2 or len(numbers) != B or (numbers[::2] % 2).any() or (numbers[1::2] - numbers[::2] != 1).any():
         raise UserError("mixup and cutmix mix samples 2k and 2k + 1: expects a batch of such pairs, not "
                         f"{B} images numbered {numbers[:4].tolist()} ...; choose an even batch size")
 
@@ -227,7 +202,7 @@ def mix(x, labels, n_classes, seed, numbers, mixup=0.0, cutmix=0.0):
     if mixup and cutmix:
         cut = uniform(seed, "cutmix or mixup", pairs) < 0.5
     share = np.ones(len(pairs))  # of the image itself
-    top = bottom = left = right = np.zeros(len(pairs))
+    top = bottom = left = right = 0 * share
     if mixup:
         share = beta(mixup, seed, "mixup", pairs)
         share = np.maximum(share, 1 - share)
@@ -245,8 +220,7 @@ def mix(x, labels, n_classes, seed, numbers, mixup=0.0, cutmix=0.0):
     share, cut, top, bottom, left, right = to_device(plan, x.device)[..., None, None, None]  # (B, 1, 1, 1)
     weight = share.to(x.dtype)
     if cutmix:
-        i = torch.arange(H, device=x.device)[:, None]
-        j = torch.arange(W, device=x.device)
+        i, j = torch.arange(H, device=x.device)[:, None], torch.arange(W, device=x.device)
         box = (i >= top) & (i < bottom) & (j >= left) & (j < right)  # (B, 1, H, W)
         weight = torch.where(cut > 0, (~box).to(x.dtype), weight)
     x = (weight * x).addcmul_(1 - weight, partners(x))

@@ -6,12 +6,12 @@ Linear models whose weight is a product, W = A_1 ... A_n, with L2 on the factors
     measure(A)["discrepancy"]                               # |A_1^T A_1 - A_2 A_2^T|
     expected("flow", m, lam=0.3, depth=2)                   # where the singular values of W end
 
-Three facts are known in advance:
-
-- Under gradient flow, A_1^T A_1 - A_2 A_2^T shrinks as exp(-2 lam t), whatever the loss is.
-- |A_1|^2 + |A_2|^2 >= 2 |A_1 A_2|_* (the nuclear norm), with equality where that difference is 0.
-- n factors have sum |A_l|^2 >= n sum_i s_i^(2/n), s_i the singular values of W; equality at balance again.
+Known in advance: under gradient flow, A_1^T A_1 - A_2 A_2^T shrinks as exp(-2 lam t), whatever the loss is.
+n factors have sum |A_l|^2 >= n sum_i s_i^(2/n), s_i the singular values of W, with equality where these
+differences are 0; for n = 2 it is twice the nuclear norm.
 """
+import functools
+import itertools
 import math
 
 import torch
@@ -21,18 +21,16 @@ from nanorank.spectra import ranks
 LOSSES = ("recovery", "regression", "completion")
 
 
-def problems(names, seeds, size, rank, samples, label_noise, observed):
+def problems(names, seeds, size, rank, samples):
     """Returns X, Y, mask (problem, 1, seed, size, size), rest (problem, 1, seed) and M (seed, size, size).
 
     The loss is L(W) = |mask * (X W - Y)|^2 / 2 + rest. M is the matrix to be found, of singular values
-    2, ..., 4 / rank, 2 / rank. names: of LOSSES. samples, label_noise: rows of X and standard deviation of
-    the noise in Y, for regression. observed: fraction of entries seen, for completion.
+    2, ..., 4 / rank, 2 / rank. names: of LOSSES. samples: rows of regression's X; Y has noise of sd 0.1.
+    Completion sees 60 % of the entries.
     """
     parts = {name: [] for name in LOSSES}  # name: (X, Y, mask, rest) of each seed
     targets = []
-    eye = torch.eye(size)
-    ones = torch.ones(size, size)
-    zero = torch.zeros(())
+    eye, ones, zero = torch.eye(size), torch.ones(size, size), torch.zeros(())
     for seed in range(seeds):
         g = torch.Generator().manual_seed(seed)
         U, V = torch.linalg.qr(torch.randn(2, size, size, generator=g)).Q
@@ -42,38 +40,30 @@ def problems(names, seeds, size, rank, samples, label_noise, observed):
         parts["recovery"].append((eye, M, ones, zero))
 
         X = torch.randn(samples, size, generator=g) / math.sqrt(samples)
-        Y = X @ M + label_noise * torch.randn(samples, size, generator=g) / math.sqrt(samples)
+        Y = X @ M + 0.1 * torch.randn(samples, size, generator=g) / math.sqrt(samples)
         Q, R = torch.linalg.qr(X)  # |X W - Y|^2 = |R W - Q^T Y|^2 + |Y - Q Q^T Y|^2
         rest = (Y - Q @ (Q.T @ Y)).square().sum() / 2
         parts["regression"].append((R, Q.T @ Y, ones, rest))
 
-        seen = (torch.rand(size, size, generator=g) < observed).double()
+        seen = (torch.rand(size, size, generator=g) < 0.6).double()
         parts["completion"].append((eye, M, seen, zero))
 
-    stacked = []
-    for i in range(4):
-        over_seeds = [torch.stack([part[i] for part in parts[name]]) for name in names]
-        stacked.append(torch.stack(over_seeds)[:, None])
-    return *stacked, torch.stack(targets)
+    over_seeds = [map(torch.stack, zip(*parts[name])) for name in names]
+    X, Y, mask, rest = [torch.stack(over_problems)[:, None] for over_problems in zip(*over_seeds)]
+    return X, Y, mask, rest, torch.stack(targets)
 
 
 def product(A):
     """W = A_1 ... A_n from factors A (n, ..., size, size)."""
-    W = A[0]
-    for factor in A[1:]:
-        W = W @ factor
-    return W
+    return functools.reduce(torch.matmul, A)
 
 
 def gradient(A, X, Y, mask, noise=0.0, generator=None):
     """dL/dA_l for all factors, shaped like A (n, ..., size, size); L = |mask * (X W - Y)|^2 / 2.
 
-    It is (A_1 ... A_(l-1))^T G (A_(l+1) ... A_n)^T with G = dL/dW. noise: standard deviation of Gaussian
-    noise on G.
+    It is (A_1 ... A_(l-1))^T G (A_(l+1) ... A_n)^T, G = dL/dW with Gaussian noise of sd `noise`.
     """
-    left = [A[0]]
-    for factor in A[1:]:
-        left.append(left[-1] @ factor)  # A_1, A_1 A_2, ..., W
+    left = list(itertools.accumulate(A, torch.matmul))  # A_1, A_1 A_2, ..., W
     G = X.mT @ (mask * (X @ left[-1] - Y))
     if noise:
         G = G + noise * torch.randn(G.shape, generator=generator)
@@ -87,19 +77,21 @@ def gradient(A, X, Y, mask, noise=0.0, generator=None):
 
 
 def update(name, A, dL, lam, lr, state, step, beta=0.9, beta2=0.999, eps=1e-8):
-    """The parameters A after one step.
+    """The parameters A after one step of flow, gd, momentum, adam_l2 or adamw.
 
-    name: flow, gd, momentum, adam_l2 or adamw. dL: function A -> dL/dA. lam: strengths of L2, broadcast
-    against A. state: a dict, empty at first, for momentum and moments. beta is also Adam's first.
+    dL: function A -> dL/dA. lam: strengths of L2, broadcast against A. state: a dict, empty at first.
     """
+    def decayed(A):
+        return dL(A) + lam * A
+
     if name == "flow":  # dA/dt = -dL/dA - lam A by Runge-Kutta: error O(lr^4)
-        k1 = -dL(A) - lam * A
-        k2 = -dL(A + lr / 2 * k1) - lam * (A + lr / 2 * k1)
-        k3 = -dL(A + lr / 2 * k2) - lam * (A + lr / 2 * k2)
-        k4 = -dL(A + lr * k3) - lam * (A + lr * k3)
-        return A + lr / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        k1 = decayed(A)
+        k2 = decayed(A - lr / 2 * k1)
+        k3 = decayed(A - lr / 2 * k2)
+        k4 = decayed(A - lr * k3)
+        return A - lr / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     if name == "gd":
-        return A - lr * (dL(A) + lam * A)
+        return A - lr * decayed(A)
     if name == "momentum":
         state["v"] = beta * state.get("v", 0) + dL(A) + lam * A
         return A - lr * state["v"]
@@ -135,10 +127,7 @@ def measure(A):
 
 
 def measured_rate(t, discrepancy):
-    """-d ln(discrepancy) / dt by least squares, down to 1e-3 of its start.
-
-    t (n), discrepancy (n, ...) -> (...).
-    """
+    """-d ln(discrepancy) / dt by least squares, down to 1e-3 of its start: t (n), (n, ...) -> (...)."""
     keep = (discrepancy > 1e-3 * discrepancy[0]).cumprod(0).double()
     t = t.reshape(-1, *[1] * (discrepancy.ndim - 1))
     t = t - (keep * t).sum(0) / keep.sum(0)
@@ -161,17 +150,15 @@ def expected(optimizer, m, lam, depth, noise=0.0):
     """Where the singular values of W should end if L = |W - M|^2 / 2 and M has the singular values m (n).
 
     Every optimizer but adamw minimises L + L2. AdamW divides the gradient by its size. Exact gradients
-    vanish at the minimum of L, so no decay is felt. Under noise of standard deviation sigma on dL/dW, an
-    entry of dL/dA in column j has standard deviation sigma |b_j|. Once this is all of the size and the
-    columns are alike, |b_j|^2 = |W|_* / size, so AdamW is gradient descent with L2 of strength
-    lam sigma sqrt(|W|_* / size). This is our own derivation, for depth 2.
+    vanish at the minimum of L, so no decay is felt. Under noise of sd sigma on dL/dW, an entry of dL/dA in
+    column j has sd sigma |b_j|. Where this is all of the size and the columns are alike, |b_j|^2 is
+    |W|_* / size, so AdamW is gradient descent with L2 of strength lam sigma sqrt(|W|_* / size). This is our
+    own derivation, for depth 2.
     """
     if optimizer != "adamw":
         return closed_form(m, lam, depth)
-    if not noise:
-        return m
     s = m
-    for _ in range(100):  # fixed point, damped
+    for _ in range(100 if noise else 0):  # fixed point, damped
         strength = lam * noise * (s.sum() / len(m)).sqrt()
         s = (s + closed_form(m, strength, depth)) / 2
     return s

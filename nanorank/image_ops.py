@@ -4,8 +4,7 @@ Pillow's image operations on batches of images, on any device: uint8 (n, 3, H, W
     y = rotate(x, 30.0)                          # all images alike
     y = posterize(x, np.array([4, 7, 8]))        # an argument for each of three images
 
-Arguments are numbers, or arrays on the host with one entry an image. The reference of every operation
-is Pillow, to the bit; tests/test_augment.py compares them.
+Arguments are numbers, or arrays on the host with one entry an image. Every operation is Pillow's to the bit.
 """
 import numpy as np
 import torch
@@ -36,8 +35,7 @@ def auto_contrast(x):
     """Each channel of each image stretched linearly to 0 ... 255 (ImageOps.autocontrast)."""
     # Pillow computes in float64; mps has none, and may miss by 1
     exact = torch.float32 if x.device.type == "mps" else torch.float64
-    lo = x.flatten(2).amin(2, keepdim=True).to(exact)  # (n, 3, 1)
-    hi = x.flatten(2).amax(2, keepdim=True).to(exact)
+    lo, hi = [z.to(exact) for z in x.flatten(2).aminmax(dim=2, keepdim=True)]  # (n, 3, 1)
     # torch's 255 / tensor multiplies by the reciprocal, which is not quite the same
     scale = torch.full_like(hi, 255) / (hi - lo)
     scale = torch.where(hi > lo, scale, 1)
@@ -53,9 +51,7 @@ def equalize(x):
     one = torch.ones((), dtype=torch.int32, device=x.device)
     counts = torch.zeros(*index.shape[:2], 256, dtype=torch.int32, device=x.device)
     counts.scatter_add_(2, index, one.expand_as(index))
-
-    # pixels of the brightest level do not count in the step
-    brightest = counts.gather(2, x.flatten(2).amax(2, keepdim=True).long())
+    brightest = counts.gather(2, index.amax(2, keepdim=True))  # do not count in the step
     step = (index.shape[2] - brightest) // 255
     darker = counts.cumsum(2) - counts  # pixels below each level
     table = ((darker + step // 2) // step.clamp(min=1)).clamp_(max=255)
@@ -108,8 +104,7 @@ def color(x, factor):
 def contrast(x, factor):
     """From its mean grey (0) over the image (1) to more contrast (ImageEnhance.Contrast).
 
-    big_vision's TensorFlow divides the sum of the grey values' histogram, which is the number of
-    pixels, by 256: its mean grey depends on the image's size alone. Here it is the mean.
+    big_vision's TensorFlow takes the number of pixels / 256 for the mean, by mistake.
     """
     pixels = x.shape[2] * x.shape[3]
     total = luma(x).sum((2, 3), keepdim=True)
@@ -125,16 +120,14 @@ def brightness(x, factor):
 def sharpness(x, factor):
     """From smoothed (0) over the image (1) to sharper (ImageEnhance.Sharpness).
 
-    Smoothed: the mean over 3 x 3 pixels, the central one counted five times, rounded (big_vision's TensorFlow
-    truncates). The outermost pixels stay as they are.
+    Smoothed: the mean over 3 x 3 pixels, the central one counted five times, rounded; not the outermost ones.
     """
     smooth = x.float()
     if min(x.shape[2:]) > 2:
         inner = smooth[:, :, 1:-1, 1:-1]
         rows = (smooth[:, :, :-2] + smooth[:, :, 1:-1]).add_(smooth[:, :, 2:])
         total = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(inner, alpha=4)
-        # sums are whole numbers, so float32's error never crosses a step
-        inner.copy_(total.add_(6.5).mul_(1 / 13).floor_())
+        inner.copy_(total.add_(6.5).mul_(1 / 13).floor_())  # exact: sums are whole numbers
     return blend(smooth, x, factor)
 
 # ---------------------------------------------------------------------------------------- geometry
@@ -142,15 +135,13 @@ def sharpness(x, factor):
 def affine(x, matrix):
     """Image.transform(AFFINE, NEAREST): output pixel (i, j) is the input's at matrix @ (j, i, 1), else GREY.
 
-    matrix: float64 (n, 6) or (6,), on the host, gives (column, row). Pillow's pixels are centred on
-    halves, and its sums have 16 bits of fraction.
+    matrix: float64 (n, 6) or (6,), on the host, gives (column, row). Pillow's sums have 16 bits of fraction.
     """
     n, _, H, W = x.shape
     a, b, c, d, e, f = np.asarray(matrix, dtype=np.float64).T
-    # + 1: the input gets a margin of one grey pixel
-    c = c + 0.5 * a + 0.5 * b + 1
-    f = f + 0.5 * d + 0.5 * e + 1
-    fixed = np.stack([a, b, c, d, e, f], axis=-1).reshape(-1, 6, 1, 1)
+    # from the pixels' centres; + 1: the input gets a margin of one grey pixel
+    fixed = [a, b, c + 0.5 * a + 0.5 * b + 1, d, e, f + 0.5 * d + 0.5 * e + 1]
+    fixed = np.stack(fixed, axis=-1).reshape(-1, 6, 1, 1)
     fixed = np.floor(fixed * 65536 + 0.5).astype(np.int32)
     a, b, c, d, e, f = to_device(fixed, x.device).unbind(1)  # (n or 1, 1, 1)
 
@@ -166,17 +157,15 @@ def affine(x, matrix):
 def rotate(x, degrees):
     """Counter-clockwise about the centre (Image.rotate, NEAREST)."""
     angle = -np.radians(np.asarray(degrees, dtype=np.float64) % 360)
-    cos = np.round(np.cos(angle), 15)
-    sin = np.round(np.sin(angle), 15)
-    j = x.shape[3] / 2  # the centre stays where it is
-    i = x.shape[2] / 2
+    cos, sin = np.round([np.cos(angle), np.sin(angle)], 15)
+    i, j = x.shape[2] / 2, x.shape[3] / 2  # the centre stays where it is
     matrix = [cos, sin, j - (cos * j + sin * i), -sin, cos, i - (cos * i - sin * j)]
     return affine(x, np.stack(matrix, axis=-1))
 
 
 def affine_one(x, entry, values):
     """affine with the identity matrix but for one entry, whose value is given."""
-    matrix = np.zeros((*np.shape(values), 6)) + (1, 0, 0, 0, 1, 0)
+    matrix = np.broadcast_to([1.0, 0, 0, 0, 1, 0], (*np.shape(values), 6)).copy()
     matrix[..., entry] = values
     return affine(x, matrix)
 
@@ -203,10 +192,6 @@ def translate_y(x, pixels):
 
 def cutout(x, row, column, half):
     """Grey in a square of side 2 * half about (row, column), as far as it is in the image."""
-    i = torch.arange(x.shape[2], device=x.device)[:, None]
-    j = torch.arange(x.shape[3], device=x.device)
-    row = per_image(row, x.device, np.int64)
-    column = per_image(column, x.device, np.int64)
-    in_rows = (i >= row - half) & (i < row + half)
-    in_columns = (j >= column - half) & (j < column + half)
-    return x.masked_fill(in_rows & in_columns, GREY)
+    i = torch.arange(x.shape[2], device=x.device)[:, None] - per_image(row, x.device, np.int64)
+    j = torch.arange(x.shape[3], device=x.device) - per_image(column, x.device, np.int64)
+    return x.masked_fill((i >= -half) & (i < half) & (j >= -half) & (j < half), GREY)

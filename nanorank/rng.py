@@ -5,8 +5,9 @@ Random numbers without a generator: pure functions of a seed and a sample number
     u = uniform(seed, "crop", numbers, 22)    # (len(numbers), 22) in [0, 1)
     lam = beta(0.2, seed, "mixup", numbers)   # (len(numbers),)
 
-A run that resumes, or runs on another number of processes, draws the same numbers: there is no state to save.
+There is no state to save: a run draws the same numbers after a resume and on any number of processes.
 """
+import itertools
 import math
 
 import numpy as np
@@ -18,8 +19,7 @@ GAMMA = 0x9E3779B97F4A7C15  # splitmix64's step, 2**64 / golden ratio
 
 def hash64(number):
     """A Python int below 2**64 that depends on every bit of `number`."""
-    x = np.array([(number + GAMMA) & (2**64 - 1)], dtype=np.uint64)
-    return int(mix64(x)[0])
+    return int(mix64(np.array([(number + GAMMA) & (2**64 - 1)], dtype=np.uint64))[0])
 
 
 def mix64(x):
@@ -35,9 +35,9 @@ def to_unit(x):
 
 
 def uniform(seed, purpose, numbers, k=None):
-    """Uniform float64 in [0, 1) for each sample number: (len(numbers),), or (len(numbers), k) with a k.
+    """Uniform float64 in [0, 1) for each sample number, (n,), or (n, k) with a k; a larger k adds columns.
 
-    Numbers drawn for other purposes (any string) are independent of these. A larger k only adds columns.
+    Numbers drawn for other purposes (any string) are independent of these.
     """
     key = hash64(seed)
     for byte in purpose.encode():
@@ -49,10 +49,7 @@ def uniform(seed, purpose, numbers, k=None):
 
 
 def beta(alpha, seed, purpose, numbers):
-    """A Beta(alpha, alpha) variate for each sample number, float64 (len(numbers),).
-
-    Raises UserError unless alpha is positive and finite.
-    """
+    """A Beta(alpha, alpha) variate for each sample number, float64 (n,)."""
     if not 0 < alpha < np.inf:
         raise UserError(f"alpha={alpha}: Beta(alpha, alpha) expects a positive number")
     numbers = np.asarray(numbers)
@@ -63,24 +60,18 @@ def beta(alpha, seed, purpose, numbers):
     # Johnk 1964 by rejection; in logarithms, because u ** (1 / alpha) underflows at small alpha
     out = np.empty(len(numbers))
     todo = np.arange(len(numbers))
-    tries = 0
-    while len(todo):  # a round accepts at least half of them
+    for tries in itertools.count():  # each accepts at least half of them
+        if not len(todo):
+            return out
         u = np.log(1 - uniform(seed, f"{purpose} {tries}", numbers[todo], 2)) / alpha
         total = np.logaddexp(u[:, 0], u[:, 1])
         out[todo] = np.exp(u[:, 0] - total)
         todo = todo[total > 0]
-        tries += 1
-    return out
 
 
 def shuffled(n, seed, start, count):
-    """Items start ... start + count - 1 of an endless stream over range(n): int64 (count,).
-
-    Every epoch is a fresh permutation.
-    """
-    position = np.arange(start, start + count, dtype=np.int64)
-    epoch = position // n
-    position = position % n
+    """Items start ... start + count - 1 of an endless stream: range(n), permuted anew in each epoch."""
+    epoch, position = np.divmod(np.arange(start, start + count, dtype=np.int64), n)
     out = np.empty_like(position)
     for e in np.unique(epoch):
         key = hash64(hash64(seed) + int(e))
@@ -91,17 +82,15 @@ def shuffled(n, seed, start, count):
 def permute(i, n, key):
     """Where a pseudo-random permutation of range(n), chosen by `key`, sends i (an int array). O(1) memory.
 
-    A Feistel network on pairs (left, right) of digits to the base ceil(sqrt(n)), walked along its
-    cycles until the value is below n, which nearly all are at once (Black & Rogaway 2002, "generalised
-    Feistel").
+    A Feistel network on two digits to the base ceil(sqrt(n)), walked along its cycles until the value is
+    below n (Black & Rogaway 2002, "generalised Feistel").
     """
     base = np.uint64(math.isqrt(max(n - 1, 0)) + 1)
     keys = mix64(np.arange(6, dtype=np.uint64) + np.uint64(key & (2**64 - 1)))
     out = np.array(i, dtype=np.uint64)
     todo = np.arange(len(out))
     while len(todo):
-        left = out[todo] // base
-        right = out[todo] % base
+        left, right = np.divmod(out[todo], base)
         for k in keys:
             left, right = right, (left + mix64(right + k) % base) % base
         out[todo] = left * base + right

@@ -1,14 +1,12 @@
 """
 How the function of a transformer changes when all its parameters are multiplied by c (Merrill et al. 2021).
 
-    curve = scaling(net, batches, [1.0, 2.0, 1000.0])         # {c: (layers + 1, 3)}
-    k = exponent(curve, layer=0)                              # |f(c theta)| = c^k |f(theta)|
-
     heads = open_heads(net, batches[0])
-    scaling(net, batches, [1000.0], on_attention=heads.add)
-    rows = heads.rows({"checkpoint": "ckpt.pt"})              # what each head of the scaled model attends to
+    curve = scaling(net, batches, [1.0, 2.0, 1000.0], on_attention=heads.add)    # {c: (layers + 1, 3)}
+    k = exponent(curve, layer=0)                 # |f(c theta)| = c^k |f(theta)|
+    rows = heads.rows({"checkpoint": "ckpt.pt"}) # what each head of the scaled model attends to
 
-`net` is a Net, which scripts/saturate_models.py makes of a checkpoint. `batches` is a sequence of its inputs.
+`net` is a Net, which scripts/saturate_models.py makes of a checkpoint. `batches` are its inputs.
 A layer's state is what a block writes. After the states of all layers comes the output: what the head reads.
 """
 import contextlib
@@ -19,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from nanorank.errors import UserError
 
@@ -45,14 +44,13 @@ class Net(NamedTuple):
 @contextlib.contextmanager
 def scaled(parameters, factor):
     """Multiplies these tensors by `factor` inside a with block; afterwards their bits are as before."""
-    parameters = list(parameters)
-    kept = [p.data for p in parameters]
+    kept = [(p, p.data) for p in parameters]
     try:
-        for p in parameters:
-            p.data = p.data * factor
+        for p, data in kept:
+            p.data = data * factor
         yield
     finally:
-        for p, data in zip(parameters, kept):
+        for p, data in kept:
             p.data = data
 
 
@@ -60,30 +58,24 @@ def scaled(parameters, factor):
 def states(net, batch, factor=1.0, on_attention=None):
     """The states of a batch under all parameters x factor: a list of (B, T, d), one a block, then the output.
 
-    Raises UserError that names the first layer whose state is not finite or too large for the model's norms.
+    Raises UserError that names the first layer whose state is too large for the model's norms.
     """
     found = []
 
     def keep(module, inputs, output):
         found.append(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [block.register_forward_hook(keep) for block in net.blocks]
-    try:
-        with scaled(net.parameters, factor):
-            found.append(net.run(batch, on_attention))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as stack, scaled(net.parameters, factor):
+        for block in net.blocks:
+            stack.callback(block.register_forward_hook(keep).remove)
+        found.append(net.run(batch, on_attention))
 
     for layer, x in enumerate(found):
         largest = float(x.abs().max())
         if not largest < net.limit:  # true of NaN as well
             where = "the output" if layer == len(net.blocks) else f"layer {layer}"
-            fix = "lower --c"
-            if x.dtype == torch.float32:
-                fix += ", or --dtype=float64"
-            raise UserError(f"{where} reaches {largest:.3g} under parameters x {factor:g}, "
-                            f"its norms hold {net.limit:.3g}: {fix}")
+            raise UserError(f"{where} reaches {largest:.3g} under parameters x {factor:g}, its norms hold "
+                            f"{net.limit:.3g}: lower --c, or --dtype=float64")
     return found
 
 
@@ -98,47 +90,40 @@ def alike(a, b):
     b = b.flatten(0, -2)
     norm_a = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
     norm_b = torch.linalg.vector_norm(b, dim=-1, keepdim=True)
-
     both_zero = (norm_a == 0) & (norm_b == 0)
     nonzero = ((norm_a > 0) & (norm_b > 0))[:, 0]
     norm_a, norm_b = norm_a[nonzero], norm_b[nonzero]
-
     # divide first: the product |a| |b| may overflow
     cosine = ((a[nonzero] / norm_a) * (b[nonzero] / norm_b)).sum() + both_zero.sum()
     log_ratio = (norm_b / norm_a).log().sum()
     return np.array([float(cosine), float(log_ratio), len(a)])
 
 
-def scaling(net, batches, factors, reference=0.0, on_attention=None, advance=lambda share: None):
+def scaling(net, batches, factors, reference=0.0, on_attention=None):
     """How the states change under all parameters x c, for each c of `factors`.
 
     Returns {c: array (layers + 1, 3)}. The columns are means over tokens: the cosine to the state at c = 1,
     ln of the ratio of norms to that state, and the cosine to the state at c = reference (0 without one).
-    on_attention gets the attention weights at the last c. advance(share of the work) is called on the way.
-    The states of three batches are in memory at a time.
+    on_attention gets the attention weights at the last c.
     """
     totals = dict.fromkeys(factors, 0.0)
-    for i in range(len(batches)):
-        batch = batches[i]
+    for batch in tqdm(batches, desc=net.name, leave=False, disable=None):
         plain = states(net, batch)
         far = states(net, batch, reference) if reference else None
         for factor in factors:
-            watch = on_attention if factor == factors[-1] else None
-            now = states(net, batch, factor, watch)
+            now = states(net, batch, factor, on_attention if factor == factors[-1] else None)
             table = []
             for layer, x in enumerate(now):
                 cosine, log_ratio, tokens = alike(plain[layer], x)
                 cosine_far = alike(far[layer], x)[0] if reference else 0.0
                 table.append([cosine, log_ratio, cosine_far, tokens])
             totals[factor] = totals[factor] + np.array(table)
-            advance(1 / (len(batches) * len(factors)))
     return {factor: total[:, :3] / total[:, 3:] for factor, total in totals.items()}
 
 
 def exponent(curve, layer):
     """k of |f(c theta)| = c^k |f(theta)|: least squares of ln of the norm ratio on ln c, no intercept."""
-    points = [(math.log(factor), table[layer, 1]) for factor, table in curve.items()]
-    x, y = np.array(points).T
+    x, y = np.array([(math.log(factor), table[layer, 1]) for factor, table in curve.items()]).T
     return float(x @ y / (x @ x))
 
 # ------------------------------------------------------------------------------------------ heads
@@ -162,15 +147,12 @@ class Heads:
     def add(self, layer, weights):
         """Adds the attention weights (B, H, T, T) of one layer and batch."""
         weights = weights.detach().cpu().double()
-        largest = weights.amax(-1, keepdim=True)
-        attended = (weights >= self.tie * largest) & self.reach
-
+        attended = (weights >= self.tie * weights.amax(-1, keepdim=True)) & self.reach
         positions = attended.sum(-1).double()  # (B, H, T)
         distance = (attended * self.distances).sum(-1) / positions.clamp(min=1)
         entropy = -(weights * weights.clamp(min=1e-300).log()).sum(-1)
         few = (positions <= torch.clamp(FEW * self.available, min=1)) & self.choice
         many = (positions >= torch.clamp(MANY * self.available, min=2)) & self.choice
-
         sums = [x.sum((0, 2)).double() for x in (positions, distance, entropy, few, many)]
         self.sums[layer] = self.sums.get(layer, 0) + torch.stack(sums)
         self.sequences[layer] = self.sequences.get(layer, 0) + len(weights)
@@ -183,25 +165,19 @@ class Heads:
         """
         rows = []
         for layer, sums in sorted(self.sums.items()):
-            queries = self.sequences[layer] * len(self.reach)
-            choices = self.sequences[layer] * int(self.choice.sum())
-            available = self.sequences[layer] * float(self.available.sum())
+            sequences = self.sequences[layer]
+            queries = sequences * len(self.reach)
+            most = MOST * sequences * int(self.choice.sum())
+            available = sequences * float(self.available.sum()) / queries
             for head, (positions, distance, entropy, few, many) in enumerate(sums.T.tolist()):
                 kind = "mixed"
-                if few >= MOST * choices:
+                if few >= most:
                     kind = "argmax"
-                elif many >= MOST * choices:
+                elif many >= most:
                     kind = "mean"
-                rows.append({
-                    **key,
-                    "layer": layer,
-                    "head": head,
-                    "positions": positions / queries,
-                    "distance": distance / queries,
-                    "entropy": entropy / queries,
-                    "kind": kind,
-                    "available": available / queries,
-                })
+                rows.append({**key, "layer": layer, "head": head, "positions": positions / queries,
+                             "distance": distance / queries, "entropy": entropy / queries, "kind": kind,
+                             "available": available})
         return rows
 
 
@@ -215,11 +191,10 @@ def open_heads(net, batch, tie=0.5):
     states(net, batch, on_attention=on_attention)
     reach = torch.stack(seen).any(0)
     T = len(reach)
-    if net.vocab_size:
-        return Heads(reach, torch.arange(T)[:, None], tie)
-
-    side = math.isqrt(T)  # patches lie on a grid
-    places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
-    if T > side * side:  # put the class token in the middle
-        places = torch.cat([torch.full((1, 2), (side - 1) / 2), places])
+    places = torch.arange(T)[:, None]
+    if not net.vocab_size:  # patches lie on a grid
+        side = math.isqrt(T)
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+        if T > side * side:  # put the class token in the middle
+            places = torch.cat([torch.full((1, 2), (side - 1) / 2), places])
     return Heads(reach, places, tie)

@@ -1,12 +1,11 @@
 """
-Synthetic tasks, whose rows are a pure function of (seed, row number). `--dataset=NAME` of train_lm.py
-takes them.
+Synthetic tasks for train_lm.py's --dataset=NAME, whose rows are a pure function of (seed, row number).
 
     split = TaskSplit("recall", "train", block_size=32)   # has the methods of tokens.TokenSplit
     x, y = split.sample(seed=1337, start=0, count=16)     # inputs, targets (16, 32) int64; -1: no loss there
 
-To add a task, write a function like recall() and add it to TASKS. Every row of a task must have the
-same number of targets, so that the mean over micro-batches and processes is the mean over targets.
+A new task is a function like recall() in TASKS. All its rows must have the same number of targets, so that
+the mean over micro-batches and processes is the mean over targets.
 """
 import numpy as np
 
@@ -22,9 +21,8 @@ KEYS, VALUES = 16, 16    # recall: tokens 0 ... KEYS - 1 are keys, the next VALU
 def recall(random, block_size):
     """Associative recall: block_size / 4 pairs of a key and its value, then as many queries.
 
-    A query is one of these keys, followed by its value, which is the target. The keys of a row's pairs
-    are distinct, values any. random(k): (rows, k) numbers, uniform in [0, 1). Returns inputs and
-    targets (rows, block_size).
+    A query is one of these keys, followed by its value, which is the target. The keys of a row are distinct.
+    random(k): (rows, k) numbers, uniform in [0, 1). Returns inputs and targets (rows, block_size).
     """
     n = block_size // 4
     if block_size % 4 or not 1 <= n <= KEYS:
@@ -48,18 +46,14 @@ TASKS = {"recall": (KEYS + VALUES, recall)}  # name: (vocabulary size, function)
 
 
 class TaskSplit:
-    """One split of a task, with the attributes and methods of TokenSplit.
-
-    val and test do not depend on the seed.
-    """
+    """One split of a task, with the attributes and methods of TokenSplit; val and test know no seed."""
 
     def __init__(self, task, split, block_size):
         self.block_size = block_size
         self.split = split
         vocab_size, self.make = TASKS[task]
         self.meta = {"tokenizer": task, "vocab_size": vocab_size}
-        self.n_rows = TRAIN_ROWS if split == "train" else EVAL_ROWS
-        self.n_windows = self.n_rows
+        self.n_rows = self.n_windows = TRAIN_ROWS if split == "train" else EVAL_ROWS
         self.n_tokens = self.n_rows * block_size
         self.rows(np.arange(1))  # a block_size that does not fit fails here
 

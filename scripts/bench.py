@@ -1,13 +1,11 @@
 """
 How close each hot path is to its floor, in one interleaved run: medians, ratios, and bench.json.
 
-    python -m scripts.bench                                 # all
-    python -m scripts.bench step spectra                    # some of the names below
-    python -m scripts.bench step --peer=../nanoGPT          # beside the step of a checkout of nanoGPT
-    python -m scripts.bench step --device=cuda              # GPT-2 small; on a CPU the demo's model
+    python -m scripts.bench                             # all; or some of the names below
+    python -m scripts.bench step --peer=../nanoGPT      # beside the step of a checkout of nanoGPT
+    python -m scripts.bench step --device=cuda          # GPT-2 small; on a CPU the demo's model
 
     step         an optimizer step of the GPT: a large GEMM's rate; nanoGPT's step; measuring rank
-    variants     the same step with other attention kernels and other ways to compile
     vit          a step of ViT-S/16, and reading and augmenting its images; timm's step if installed
     head         head and loss in chunks: plain logits and cross_entropy
     start        train_lm.py from the command line to its first step: import torch
@@ -17,21 +15,17 @@ How close each hot path is to its floor, in one interleaved run: medians, ratios
     prepare      prepare_pile.py: tiktoken alone on all cores
 
 A ratio is our time over the floor's, so 1 is the floor itself. Run it on an otherwise idle machine.
-On CUDA a row has its peak memory too.
 """
-import contextlib
-import functools
 import importlib.util
-import io
 import itertools
 import os
 import sys
 import tempfile
 from types import SimpleNamespace
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_lm
 import train_vit
@@ -46,47 +40,22 @@ from nanorank.images import ImageSplit
 from nanorank.loss import head_loss
 from nanorank.spectra import summary
 from scripts import bench_paths
-from scripts.timing import Setup, autocast, in_a_process, interleaved, peak_memory, row, table
+from scripts.timing import Setup, in_a_process, interleaved, row
 
-# -----------------------------------------------------------------------------
 repeats = 7             # of each contestant, interleaved; medians are printed
 device = "auto"         # auto, cpu, cuda, mps
-dtype = "auto"          # autocast of the training step, as in train_lm.py
-compile = "auto"        # torch.compile of the training step: auto (on CUDA), true, false
 peer = ""               # a checkout of karpathy/nanoGPT: its training step beside ours
-text = ""               # .jsonl or .jsonl.zst for prepare; empty: this Python's library and packages
 out_dir = "out/bench"   # where bench.json goes
-# -----------------------------------------------------------------------------
-
-
-def compiled(model, setup):
-    return torch.compile(model, dynamic=False) if setup.compile else model
-
-
-def large_gemm(setup):
-    """(function, FLOPs) of a square matrix product, whose rate is the floor of a training step."""
-    n = 2048 if setup.device.type == "cpu" else 8192
-    a = torch.randn(n, n, device=setup.device, dtype=setup.dtype)
-    return lambda: a @ a, 2 * n**3, f"its FLOPs at the rate of a {n} GEMM"
-
 
 # -------------------------------------------------------------- training steps
 
-def train_step(model, setup, inputs, loss_of, wrap=compiled):
-    """A function that takes one optimizer step on the same inputs, as the trainers do, and returns the loss.
-
-    inputs: a tuple. loss_of: from what the model returns to the loss. wrap: compiles, or does not.
-    """
-    model.to(setup.device)
-    net = wrap(model, setup)
-    groups = decay_groups(model, 0.1, 0.1, 0.1)
-    [optimizer] = make_optimizers(groups, "adamw", 1e-3, 0.9, 0.95, 1e-8, 0.9, setup.device.type)
-
+def stepper(net, optimizer, inputs, loss_of, setup):
+    """A function that takes one optimizer step on the same inputs; it returns loss_of(what net returns)."""
     def step():
-        with autocast(setup):
+        with torch.autocast(setup.device.type, setup.dtype, enabled=setup.dtype != torch.float32):
             loss = loss_of(net(*inputs))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
@@ -94,34 +63,29 @@ def train_step(model, setup, inputs, loss_of, wrap=compiled):
     return step
 
 
+def compiled(model, setup):
+    return torch.compile(model, dynamic=False) if setup.device.type == "cuda" else model
+
+
+def train_step(model, inputs, loss_of, setup):
+    model.to(setup.device)
+    groups = decay_groups(model, 0.1, 0.1, 0.1)
+    [optimizer] = make_optimizers(groups, "adamw", 1e-3, 0.9, 0.95, 1e-8, 0.9, setup.device.type)
+    return stepper(compiled(model, setup), optimizer, inputs, loss_of, setup)
+
+
 def nanogpt_step(setup, peer, args, state, inputs):
-    """The same for nanoGPT: the loop of its train.py, its model and optimizer, from our weights."""
+    """A step of nanoGPT's model and optimizer, from our weights."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", os.path.join(peer, "model.py"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclass looks itself up there
-    with contextlib.redirect_stdout(io.StringIO()):
-        spec.loader.exec_module(module)
-        model = module.GPT(module.GPTConfig(**args))
-        model.load_state_dict(state)
-        model.to(setup.device)
-        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), setup.device.type)
-    scaler = torch.amp.GradScaler(setup.device.type, enabled=False)
-    net = compiled(model, setup)
-    x, y = [z.to(setup.device) for z in inputs]
-
-    def step():
-        with autocast(setup):
-            _, loss = net(x, y)
-            loss = loss / 1  # gradient_accumulation_steps
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
+    spec.loader.exec_module(module)
+    model = module.GPT(module.GPTConfig(**args))
+    model.load_state_dict(state)
+    model.to(setup.device)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), setup.device.type)
+    inputs = [x.to(setup.device) for x in inputs]
+    return stepper(compiled(model, setup), optimizer, inputs, lambda out: out[1], setup)
 
 
 def timm_step(setup, images, labels):
@@ -130,68 +94,58 @@ def timm_step(setup, images, labels):
     import timm.optim
     model = timm.create_model("vit_small_patch16_224", num_classes=1000).to(setup.device)
     optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
-    images, labels = images.to(setup.device), labels.to(setup.device)
+    labels = labels.to(setup.device)
+    inputs = [images.to(setup.device)]
+    return stepper(model, optimizer, inputs, lambda logits: F.cross_entropy(logits, labels), setup)
 
-    def step():
-        with autocast(setup):
-            loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return loss.detach()
 
-    return step
-
+def large_gemm(setup):
+    """(function, FLOPs, name) of a square matrix product, whose rate is the floor of a training step."""
+    n = 2048 if setup.device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=setup.device, dtype=setup.dtype)
+    return lambda: a @ a, 2 * n**3, f"its FLOPs at the rate of a {n} GEMM"
 
 # ------------------------------------------------------------------ benchmarks
 
-def shapes(setup):
-    """[(arguments of GPT, sequences in a batch)]: GPT-2 small on a GPU, the demo's model on a CPU."""
-    if setup.device.type == "cuda":
-        small = dict(vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=False)
-        return [({**small, "block_size": 756}, 32), ({**small, "block_size": 1024}, 24)]
-    demo = dict(block_size=128, n_layer=4, n_head=4, n_embd=128, bias=False)
-    return [({**demo, "vocab_size": 320}, 16), ({**demo, "vocab_size": 50304}, 16)]
-
-
-def random_gpt(args, B, setup):
-    """A GPT at its initialisation and random (x, y) (B, block_size) for it."""
-    model = GPT(**args)
-    init_weights(model, 0)
-    ids = torch.randint(args["vocab_size"], (B, args["block_size"] + 1), device=setup.device)
-    return model, (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-
-
 def bench_step(setup):
-    for args, B in shapes(setup):
-        yield from bench_gpt(args, B, setup)
+    if setup.device.type == "cuda":  # GPT-2 small
+        args = dict(vocab_size=50304, n_layer=12, n_head=12, n_embd=768, bias=False)
+        yield from bench_gpt(dict(block_size=756, **args), 32, setup)
+        yield from bench_gpt(dict(block_size=1024, **args), 24, setup)
+    else:  # the demo's model
+        args = dict(block_size=128, n_layer=4, n_head=4, n_embd=128, bias=False)
+        yield from bench_gpt(dict(vocab_size=320, **args), 16, setup)
+        yield from bench_gpt(dict(vocab_size=50304, **args), 16, setup)
 
 
 def bench_gpt(args, B, setup):
-    model, inputs = random_gpt(args, B, setup)
+    """args: of GPT. B: sequences in a batch."""
+    T = args["block_size"]
+    model = GPT(**args)
+    init_weights(model, 0)
     state = {name: p.clone() for name, p in model.state_dict().items()}
-    step = train_step(model, setup, inputs, lambda out: out[1])
+    ids = torch.randint(args["vocab_size"], (B, T + 1))
+    inputs = [ids[:, :-1].contiguous(), ids[:, 1:].contiguous()]
+    ours = [x.to(setup.device) for x in inputs]
+    step = train_step(model, ours, lambda out: out[1], setup)
     gemm, gemm_flops, floor_name = large_gemm(setup)
     losses, peer_losses = [], []
     contestants = {"step": lambda: losses.append(step())}
     if peer:
-        cpu_inputs = [x.cpu() for x in inputs]
-        peer_step, end_peer = in_a_process(nanogpt_step, setup, peer, args, state, cpu_inputs)
+        peer_step, end_peer = in_a_process(nanogpt_step, setup, peer, args, state, inputs)
         contestants["nanoGPT"] = lambda: peer_losses.append(peer_step())
     contestants["gemm"] = gemm
     contestants["rank"] = lambda: summary(attention_layers(model.state_dict(), args["n_head"]))
     times = interleaved(contestants, setup)
     seconds = times["step"]
 
-    n_tokens = B * args["block_size"]
-    flops = n_tokens * flops_per_token(model, args["block_size"])
+    flops = B * T * flops_per_token(model, T)
     floor = times["gemm"] * flops / gemm_flops
     what = (f"{args['n_layer']} layers, {args['n_embd']} wide, {args['vocab_size']} ids, "
-            f"{B} x {args['block_size']} tokens, {str(setup.dtype)[6:]}")
+            f"{B} x {T} tokens, {str(setup.dtype)[6:]}")
     peak, _ = peak_flops(setup.device, setup.dtype)
-    yield row("step", what, seconds, floor_name, floor, tokens_per_s=n_tokens / seconds, mfu=floor / seconds,
-              mfu_of_peak=flops / seconds / peak, **peak_memory("step"))
+    yield row("step", what, seconds, floor_name, floor, tokens_per_s=B * T / seconds, mfu=floor / seconds,
+              mfu_of_peak=flops / seconds / peak)
     if peer:
         end_peer()
         apart = max(abs(float(a) - b) for a, b in zip(losses, peer_losses, strict=True))
@@ -204,48 +158,13 @@ def bench_gpt(args, B, setup):
               seconds, rank_seconds=times["rank"], percent=100 * amortised / seconds)
 
 
-def bench_variants(setup):
-    variants = {}
-    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
-        variants[f"SDPA {name}"] = {"kernel": getattr(SDPBackend, name)}
-    variants["compile eager"] = {"wrap": lambda model, _: model}
-    for mode in ("default", "reduce-overhead", "max-autotune-no-cudagraphs"):
-        compile_in = functools.partial(torch.compile, dynamic=False, mode=mode)
-        variants[f"compile {mode}"] = {"wrap": lambda model, _, wrap=compile_in: wrap(model)}
-
-    for name, options in variants.items():
-        steps = {"variant": variant_step(setup, **options), "default": variant_step(setup)}
-        try:
-            steps["variant"]()
-        except Exception as error:  # kernels and compilers fail in dozens of ways where a machine lacks them
-            print(f"variants   {name}: not on this machine ({type(error).__name__}: {str(error)[:80]!r})")
-            continue
-        times = interleaved(steps, setup)
-        yield row("variants", name, times["variant"], "the step as it is", times["default"],
-                  **peak_memory("variant", "default"))
-        torch.compiler.reset()
-
-
-def variant_step(setup, wrap=compiled, kernel=None):
-    """train_step of the first shapes, compiled by `wrap`, with one attention kernel."""
-    args, B = shapes(setup)[0]
-    model, inputs = random_gpt(args, B, setup)
-    step = train_step(model, setup, inputs, lambda out: out[1], wrap)
-
-    def step_with_kernel():
-        with sdpa_kernel(kernel):
-            return step()
-
-    return step_with_kernel if kernel else step
-
-
 def bench_vit(setup):
     B = 128 if setup.device.type == "cuda" else 8
     model = ViT(1000, 224, **vit_size("S/16"))
     init_weights(model, 0)
     images = torch.randn(B, 3, 224, 224, device=setup.device)
     labels = torch.zeros(B, dtype=torch.long, device=setup.device)
-    step = train_step(model, setup, (images,), lambda logits: F.cross_entropy(logits.float(), labels))
+    step = train_step(model, [images], lambda logits: F.cross_entropy(logits.float(), labels), setup)
     contestants = {"step": step}
     if importlib.util.find_spec("timm"):
         contestants["timm"], end_timm = in_a_process(timm_step, setup, images.cpu(), labels.cpu())
@@ -259,20 +178,19 @@ def bench_vit(setup):
         stream = train_vit.train_batches(split, run, 0, n_steps=10_000)
         batch = next(stream)
         steps = itertools.count()
+
+        def augment():
+            return train_vit.augment(*batch, train_vit.sample_numbers(next(steps), 0, run), split.meta)
+
         contestants["load"] = lambda: next(stream)
         contestants["memcpy"] = lambda: split.pixels[:B * 3 * 256 * 341].copy()  # B whole images
-        contestants["augment"] = lambda: augment(next(steps))
-
-        def augment(step):
-            return train_vit.augment(*batch, train_vit.sample_numbers(step, 0, run), split.meta)
-
+        contestants["augment"] = augment
         times = interleaved(contestants, setup)
 
     seconds = times["step"]
     what = f"ViT-S/16 at 224, batch {B}, {str(setup.dtype)[6:]}"
     floor = times["gemm"] * flops_per_image(model) * B / gemm_flops
-    yield row("vit", what, seconds, floor_name, floor, images_per_s=B / seconds, mfu=floor / seconds,
-              **peak_memory("step"))
+    yield row("vit", what, seconds, floor_name, floor, images_per_s=B / seconds, mfu=floor / seconds)
     if "timm" in times:
         end_timm()
         yield row("vit", what, seconds, "timm's ViT-S/16 in its loop, a process of its own", times["timm"],
@@ -297,19 +215,17 @@ def bench_head(setup):
         yield row("head", f"{N} tokens, {d} wide, {V} ids, chunked", times["chunked"],
                   "plain logits and cross_entropy", times["plain"], logits_MB=N * V * 4 / 2**20)
 
-
 # ------------------------------------------------------------------------ main
 
 BENCHES = {
     "step": bench_step,
-    "variants": bench_variants,
     "vit": bench_vit,
     "head": bench_head,
     "start": bench_paths.start,
     "batches": bench_paths.batches,
     "spectra": bench_paths.spectra,
     "checkpoint": lambda setup: bench_paths.checkpoint(setup, out_dir),
-    "prepare": lambda setup: bench_paths.prepare(setup, text),
+    "prepare": bench_paths.prepare,
 }
 
 
@@ -324,23 +240,20 @@ def main(names):
     if peer and not os.path.isfile(os.path.join(peer, "model.py")):
         raise UserError(f"--peer={peer} holds no model.py: expects a checkout of karpathy/nanoGPT")
     picked = pick_device(device)
-    compiles = compile == "true" or (compile == "auto" and picked.type == "cuda")
-    setup = Setup(picked, pick_dtype(dtype, picked), compiles, repeats)
+    setup = Setup(picked, pick_dtype("auto", picked), repeats)
     chip = torch.cuda.get_device_name(picked) if picked.type == "cuda" else str(picked)
-    threads = torch.get_num_threads()
-    print(f"{chip}, torch {torch.__version__}, {threads} threads, medians of {repeats} interleaved repeats",
-          flush=True)
+    about = {"device": chip, "torch": torch.__version__, "threads": torch.get_num_threads(),
+             "repeats": repeats, "command": " ".join(sys.argv)}
+    print(about, flush=True)
 
     rows = []
-    for i, name in enumerate(names, 1):
-        print(f"[{i}/{len(names)}] {name}", file=sys.stderr, flush=True)
+    for name in names:
         rows += BENCHES[name](setup)
-    print("\n".join(table(rows)))
+    columns = ["path", "what", "floor", "seconds", "floor_seconds", "ratio"]
+    shown = pd.DataFrame(rows, columns=columns)  # the rest stands in bench.json
+    print(shown.to_markdown(index=False, floatfmt=("", "", "", ".6f", ".6f", ".2f")))
     os.makedirs(out_dir, exist_ok=True)
-    save_json(os.path.join(out_dir, "bench.json"), {
-        "device": chip, "torch": torch.__version__, "threads": threads, "repeats": repeats,
-        "command": " ".join(sys.argv), "rows": rows,
-    })
+    save_json(os.path.join(out_dir, "bench.json"), {**about, "rows": rows})
 
 
 if __name__ == "__main__":

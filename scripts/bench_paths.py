@@ -3,35 +3,35 @@ The paths that bench.py times beside the training step, and data for them.
 """
 import contextlib
 import glob
+import importlib.util
 import io
-import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import torch
 
 import prepare_pile
-from nanorank.device import synchronize
 from nanorank.files import save_json, save_pt, write_atomic
 from nanorank.images import RECORD
 from nanorank.spectra import metrics, qk_factors, singular_values
 from nanorank.tokens import TokenSplit
-from scripts.timing import interleaved, row
+from scripts.timing import interleaved, row, seconds_of
 
 
-def write_tokens(folder, tokens, tokenizer, vocab_size):
-    """A data folder of these tokens (uint16): the last 2,000 are val, those before them test."""
+def write_tokens(folder, tokenizer, vocab_size, n):
+    """A data folder of 0, 1, 2 ... again and again, n tokens (uint16); val and test are 2,000 of them."""
     os.makedirs(folder, exist_ok=True)
-    parts = {"train": tokens[:-4000], "test": tokens[-4000:-2000], "val": tokens[-2000:]}
+    tokens = np.resize(np.arange(vocab_size - 1, dtype="<u2"), n)
     splits = {}
-    for split, part in parts.items():
+    for split, part in (("train", tokens[4000:]), ("val", tokens[:2000]), ("test", tokens[2000:4000])):
         part.tofile(os.path.join(folder, f"{split}.bin"))
         files = [{"name": f"{split}.bin", "tokens": len(part)}]
         splits[split] = {"tokens": len(part), "documents": 1, "files": files}
@@ -57,18 +57,14 @@ def write_images(folder, n, height, width):
 
 
 def start(setup):
-    """train_lm.py from the command line to its first step, not compiled, against importing torch."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     with tempfile.TemporaryDirectory() as folder:
-        tokens = np.resize(np.arange(256, dtype="<u2"), 1_000_000)
-        write_tokens(os.path.join(folder, "text"), tokens, "byte", 257)
+        write_tokens(os.path.join(folder, "text"), "byte", 257, 1_000_000)
         command = [sys.executable, "train_lm.py", "config/demo.py", "--dataset=text", f"--data_dir={folder}",
                    f"--out_dir={folder}/run", "--overwrite", "--log_interval=1", "--eval_iters=1",
                    "--compile=false", f"--device={setup.device}"]
-        import_torch = [sys.executable, "-c", "import torch"]
 
         def first_step():
-            with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 found = any(line.startswith("step 0: loss") for line in process.stdout)
                 process.kill()
             if not found:
@@ -76,17 +72,16 @@ def start(setup):
 
         times = interleaved({
             "start": first_step,
-            "torch": lambda: subprocess.run(import_torch, check=True),
+            "torch": lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True),
         }, setup)
     what = "train_lm.py config/demo.py to its first step"
     yield row("start", what, times["start"], "import torch", times["torch"])
 
 
 def batches(setup):
-    """128 windows of 757 tokens out of 200 M, against memcpy of the same bytes and nanoGPT's get_batch."""
     T, B = 756, 128
     with tempfile.TemporaryDirectory() as folder:
-        write_tokens(folder, np.resize(np.arange(50257, dtype="<u2"), 200_000_000), "gpt2", 50257)
+        write_tokens(folder, "gpt2", 50257, 200_000_000)
         split = TokenSplit(folder, "train", T)
         firsts = iter(range(0, 10**9, B))
         block = np.zeros((B, T + 1), dtype=np.int64)  # the bytes that a batch has in the end
@@ -112,20 +107,15 @@ def batches(setup):
 
 
 def spectra(setup):
-    """One layer and product of Llama 2 7B, 32 heads of 4096 x 128, in memory or read from the page cache.
-
-    Against one pass of float32 Gram products over the factors, against TransformerLens's three SVDs a head,
-    and against the SVD of the whole product (one head, times 32).
-    """
+    """One layer and product of Llama 2 7B, 32 heads of 4096 x 128, in memory or read from the page cache."""
     torch.manual_seed(0)
     weights = torch.randn(2, 32, 128, 4096)  # W_Q and W_K
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "layer")
-        weights.numpy().tofile(path)
-        A, B = qk_factors(*weights.to(setup.device))
+    A, B = qk_factors(*weights.to(setup.device))
+    with tempfile.NamedTemporaryFile() as file:
+        weights.numpy().tofile(file.name)
 
         def read():
-            data = torch.from_numpy(np.fromfile(path, np.float32))
+            data = torch.from_numpy(np.fromfile(file.name, np.float32))
             return data.view(2, 32, 128, 4096).to(setup.device)
 
         def read_and_grams():
@@ -158,14 +148,6 @@ def spectra(setup):
               times_faster=whole / seconds)
 
 
-def seconds_of(function, setup):
-    synchronize(setup.device)
-    began = time.perf_counter()
-    function()
-    synchronize(setup.device)
-    return time.perf_counter() - began
-
-
 def error_of(A, B):
     """Largest error of the fast way's singular values, relative to the largest of each head."""
     exact = singular_values(A, B, exact=True)
@@ -182,55 +164,45 @@ def factored_matrix_svd(A, B):
 
 
 def checkpoint(setup, out_dir):
-    """Saving 100 MB, against writing and fsyncing the same bytes."""
     state = {"model": {f"w{i}": torch.randn(25, 1024, 256) for i in range(4)}}
     buffer = io.BytesIO()
     torch.save(state, buffer)
     raw = buffer.getvalue()
     os.makedirs(out_dir, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir) as folder:
-        ours, plain = os.path.join(folder, "a.pt"), os.path.join(folder, "b.pt")
         times = interleaved({
-            "save": lambda: save_pt(ours, state),
-            "write": lambda: write_atomic(plain, lambda file: file.write(raw)),
+            "save": lambda: save_pt(os.path.join(folder, "a.pt"), state),
+            "write": lambda: write_atomic(os.path.join(folder, "b.pt"), lambda file: file.write(raw)),
         }, setup)
     yield row("checkpoint", f"{len(raw) / 1e6:.0f} MB saved, fsynced, renamed", times["save"],
               "write and fsync of the bytes", times["write"])
 
 
-def prepare(setup, text):
-    """prepare_pile.py, file to files, against tiktoken alone in memory and datasets.map into a memmap."""
+def prepare(setup):
     import tiktoken
     try:
         enc = tiktoken.get_encoding("gpt2")
     except Exception as error:  # no network
-        print(f"prepare    left out, tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}): "
-              "set TIKTOKEN_CACHE_DIR")
+        print(f"prepare left out, no vocabulary ({type(error).__name__}): set TIKTOKEN_CACHE_DIR")
         return
     n_cores = os.cpu_count()
+    texts = python_sources()
     with tempfile.TemporaryDirectory() as folder:
-        texts = documents_of(text)
         source = os.path.join(folder, "documents.jsonl")
-        with open(source, "w", encoding="utf-8") as file:
-            for document in texts:
-                file.write(json.dumps({"text": document}) + "\n")
-        n_bytes = os.path.getsize(source)
-        ours = os.path.join(folder, "bench", "train_00000.bin")
-        mapped = os.path.join(folder, "map.bin")
+        pd.DataFrame({"text": texts}).to_json(source, orient="records", lines=True)
+        mapped = pathlib.Path(folder, "map.bin")
         contestants = {
             "alone": lambda: tiktoken_alone(enc, texts, n_cores),
             "ours": lambda: run_prepare_pile(source, folder),
         }
-        try:
-            import datasets
-            datasets.disable_progress_bars()
+        if importlib.util.find_spec("datasets"):
             contestants["map"] = lambda: datasets_map(enc, source, mapped, n_cores)
-        except ImportError:
-            print("prepare    datasets is not installed: no peer to compare with")
         times = interleaved(contestants, setup)
-        same = "map" in times and read_bytes(ours) == read_bytes(mapped)
+        megabytes = os.path.getsize(source) / 1e6
+        ids = pathlib.Path(folder, "bench", "train_00000.bin").read_bytes()
+        same = "map" in times and ids == mapped.read_bytes()
 
-    what = f"{n_bytes / 1e6:.0f} MB of .jsonl, GPT-2's BPE, {n_cores} cores"
+    what = f"{megabytes:.0f} MB of .jsonl, GPT-2's BPE, {n_cores} cores"
     seconds = times["ours"]
     yield row("prepare", what, seconds, "tiktoken alone", times["alone"],
               share_of_tiktokens_speed=times["alone"] / seconds)
@@ -239,13 +211,20 @@ def prepare(setup, text):
                   times_faster=times["map"] / seconds, identical_ids=same)
 
 
-def read_bytes(path):
-    with open(path, "rb") as file:
-        return file.read()
+def python_sources():
+    """Texts of this Python's library and packages, some 80 MB at most."""
+    texts, size = [], 0
+    library = os.path.join(sysconfig.get_path("stdlib"), "**", "*.py")
+    for path in sorted(glob.glob(library, recursive=True)):
+        texts.append(pathlib.Path(path).read_text("utf-8", "replace"))
+        size += len(texts[-1])
+        if size > 80e6:
+            break
+    return texts
 
 
 def tiktoken_alone(enc, texts, n_cores):
-    """The number of tokens, by threads over encode_to_numpy: faster than encode_ordinary_batch."""
+    """The number of tokens, by threads; encode_to_numpy is faster than encode_ordinary_batch."""
     def count(block):
         return sum(len(enc.encode_to_numpy(text, disallowed_special=())) for text in block)
 
@@ -264,6 +243,7 @@ def run_prepare_pile(source, data_dir):
 def datasets_map(enc, source, out, n_cores):
     """As nanoGPT's data/openwebtext/prepare.py: ids and len by map, then 1024 shards into a memmap."""
     import datasets
+    datasets.disable_progress_bars()
 
     def process(example):
         ids = [*enc.encode_ordinary(example["text"]), enc.eot_token]
@@ -282,20 +262,3 @@ def datasets_map(enc, source, out, n_cores):
         arr[at:at + len(ids)] = ids
         at += len(ids)
     arr.flush()
-
-
-def documents_of(text):
-    """The documents of the .jsonl file `text`, else this Python's library and packages, 80 MB at most."""
-    if text:
-        import pyarrow
-        with pyarrow.input_stream(text, compression="detect") as file:
-            return [json.loads(line)["text"] for line in file.read().splitlines()]
-    texts, size = [], 0
-    library = os.path.join(sysconfig.get_path("stdlib"), "**", "*.py")
-    for path in sorted(glob.glob(library, recursive=True)):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            texts.append(file.read())
-        size += len(texts[-1])
-        if size > 80e6:
-            break
-    return texts

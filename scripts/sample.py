@@ -14,6 +14,7 @@ from nanorank.device import pick_device
 from nanorank.errors import UserError, user_errors
 from nanorank.files import load_pt
 from nanorank.generate import generate
+from nanorank.tokenizer import encode, vocabulary
 from nanorank.tokens import read_meta
 
 prompt = "\n"           # text to continue
@@ -26,28 +27,8 @@ seed = 1337             # of the sampling
 device = "auto"         # auto, cpu, cuda, mps
 
 
-def open_tokenizer(name):
-    """(encode, decode, vocabulary size without padding) of a tokenizer by name."""
-    if name == "byte":
-        def encode(text):
-            return list(text.encode())
-
-        def decode(ids):
-            return bytes(i for i in ids if i < 256).decode(errors="replace")
-
-        return encode, decode, 257
-
-    import tiktoken
-    try:
-        encoding = tiktoken.get_encoding(name)
-    except Exception as error:  # an unknown name, or no network
-        raise UserError(f"tokenizer {name}: {error}; offline, set TIKTOKEN_CACHE_DIR "
-                        "to a folder that holds its files") from None
-    return encoding.encode_ordinary, encoding.decode, encoding.n_vocab
-
-
 def tokenizer_of(path, checkpoint):
-    """The name of the tokenizer of the data that a checkpoint was trained on."""
+    """The tokenizer of the data that a checkpoint was trained on."""
     config = checkpoint.get("config")
     if not isinstance(config, dict):
         config = {}
@@ -56,6 +37,13 @@ def tokenizer_of(path, checkpoint):
         raise UserError(f"{path} does not tell its tokenizer ({folder} is not there): "
                         "give --tokenizer=gpt2 or byte")
     return read_meta(folder)["tokenizer"]
+
+
+def decode(ids, name):
+    if name == "byte":
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+    import tiktoken
+    return tiktoken.get_encoding(name).decode(ids)
 
 
 def main(path):
@@ -69,25 +57,21 @@ def main(path):
     torch_device = pick_device(device)
     ckpt_path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     checkpoint = load_pt(ckpt_path)
-    try:
-        model = load_gpt(checkpoint).to(torch_device).eval()
-    except UserError as error:
-        raise UserError(f"{ckpt_path}: {error}") from None
-    name = tokenizer
-    if name == "auto":
-        name = tokenizer_of(path, checkpoint)
-    encode, decode, n_tokens = open_tokenizer(name)
+    model = load_gpt(checkpoint, path=ckpt_path).to(torch_device).eval()
+    name = tokenizer_of(path, checkpoint) if tokenizer == "auto" else tokenizer
+    n_tokens, _ = vocabulary(name)
 
-    idx = torch.tensor([encode(prompt)] * num_samples, device=torch_device)
-    if int(idx.max()) >= model.args["vocab_size"]:
+    ids = encode([prompt], name)[:-1]  # without the end of the text
+    if ids.max() >= model.args["vocab_size"]:
         raise UserError(f"tokenizer {name} does not fit the model's vocabulary of {model.args['vocab_size']}")
+    idx = torch.tensor(ids.astype(int), device=torch_device).expand(num_samples, -1)
     generator = torch.Generator(torch_device).manual_seed(seed)
     try:
         texts = generate(model, idx, max_new_tokens, temperature, top_k, n_tokens, generator)
     except UserError as error:
         raise UserError(f"{ckpt_path}: {error}") from None
-    for ids in texts:
-        print(decode(ids.tolist()), end="\n---------------\n")
+    for ids in texts.tolist():
+        print(decode(ids, name), end="\n---------------\n")
 
 
 if __name__ == "__main__":

@@ -4,30 +4,24 @@ Norm growth pushes a transformer towards its saturated limit (Merrill et al. 202
     python -m scripts.saturate out/lm/ckpt.pt         # a GPT or ViT, on the val split of its own data
     python -m scripts.saturate out/demo-0 out/demo-4  # run folders: over training, beside the parameter norm
     python -m scripts.saturate gpt2 --dataset=pile    # a Hugging Face folder (needs transformers)
-    python -m scripts.saturate out/lm/ckpt.pt --curves=False --c=100
 
-The saturated model has all its parameters multiplied by a large c. Its attention is an argmax, or a
-mean where scores tie, and its gelu is a relu. The script writes, and draws figures of,
+The saturated model has all its parameters multiplied by a large c. Its attention is an argmax, or a mean
+where scores tie. The script writes, and draws figures of,
 
     OUT_DIR/saturation.csv       each layer's state against the same state of the saturated model
     OUT_DIR/heads_saturated.csv  the positions that each head of the saturated model attends to
     OUT_DIR/scaling.csv          scaling curves, c = 1 ... 10: is the model homogeneous, of which degree?
 
 A layer's state is what its block writes; "output" is what the model's head reads, after the last norm.
-
-Numbers grow fast. With norms, the residual stream has degree 3 in c (5 with gated MLPs) and the
-attention scores have degree 4: they reach 1e12 at c = 1000. float32 resolves these to 6e4 only, hence
-float64. Without norms the degree grows by about 4 a block, and float64 holds 25 blocks at c = 1000.
-States that are too large are refused.
+With norms, the residual stream has degree 3 in c (5 with gated MLPs) and attention scores have degree 4:
+they reach 1e12 at c = 1000, which float32 resolves to 6e4 only, hence float64.
 """
-import functools
 import itertools
 import math
 import os
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from configurator import configure
 from model import GPT, ViT
@@ -42,7 +36,7 @@ from nanorank.tables import write_csv
 from nanorank.tasks import TASKS, TaskSplit
 from nanorank.tokens import TokenSplit
 from scripts.saturate_models import open_net, untrained
-from scripts.saturate_tables import print_heads, print_saturation, print_scaling
+from scripts.saturate_tables import print_tables
 
 out_dir = "out/saturation"  # folder of the CSV files and the figures
 c = 1000.0                  # the saturated model's parameters are multiplied by this; Merrill et al.: 1000
@@ -69,69 +63,43 @@ CURVE = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0)  # c of s
 
 # -------------------------------------------------------------------------------------------- data
 
-class Batches:
-    """A sequence of batches, read when it is indexed. read(rows): the inputs (len(rows), ...) of these."""
-
-    def __init__(self, n, read, about):
-        self.n = n
-        self.read = read
-        self.about = about  # for messages
-
-    def __len__(self):
-        return math.ceil(self.n / batch_size)
-
-    def __getitem__(self, i):
-        start = i * batch_size
-        return self.read(np.arange(start, min(self.n, start + batch_size)))
-
-
 def open_batches(path, net, device, dtype):
-    """The Batches of a model, a function of data and settings. Raises UserError where they do not fit."""
+    """The inputs of a model, a list of batches, and a line about them. UserError where data do not fit."""
     name = dataset or net.config.get("dataset")
-    if isinstance(name, str) and name:
+    T = min(block_size or net.block_size, net.block_size)
+    if name and isinstance(name, str):
         folder = os.path.join(data_dir, name)
-        if net.vocab_size:
-            return open_text(path, net, name, folder, device)
-        return open_images(net, folder, device, dtype)
-    if isinstance(net.model, (GPT, ViT)):
+        if not net.vocab_size:
+            return open_images(net, folder, device, dtype)
+        tokens, about = read_text(path, net, name, folder, T)
+    elif isinstance(net.model, (GPT, ViT)):
         raise UserError(f"{path} does not say what it was trained on: "
                         f"give --dataset=NAME (a folder in --data_dir={data_dir})")
+    else:
+        tokens = np.random.default_rng(seed).integers(net.vocab_size, size=(samples, T))
+        about = f"{samples} x {T} random tokens of its {net.vocab_size:,}"
+    return torch.from_numpy(tokens).to(device).split(batch_size), about
 
-    T = min(block_size or net.block_size, net.block_size)
-    tokens = np.random.default_rng(seed).integers(net.vocab_size, size=(samples, T))
-    about = f"{samples} x {T} random tokens of its {net.vocab_size:,}"
-    return Batches(samples, lambda rows: torch.from_numpy(tokens[rows]).to(device), about)
 
-
-def open_text(path, net, name, folder, device):
-    """Batches of tokens (B, T) int64, from a data folder or a synthetic task."""
-    T = min(block_size or net.block_size, net.block_size)
+def read_text(path, net, name, folder, T):
+    """Tokens (samples, T) int64 of a data folder or a synthetic task, and a line about them."""
     text = TaskSplit(name, split, T) if name in TASKS else TokenSplit(folder, split, T)
     vocab_size = text.meta["vocab_size"]
     padded = isinstance(net.model, GPT)  # our embeddings may have more rows than the vocabulary
     if vocab_size > net.vocab_size or (vocab_size < net.vocab_size and not padded):
-        fix = "give a --dataset of the model's own tokenizer"
-        if not padded:
-            fix += ", or none for random tokens"
         raise UserError(f"{path} has a vocabulary of {net.vocab_size:,}, "
-                        f"{folder} one of {vocab_size:,} ({text.meta['tokenizer']}): {fix}")
+                        f"{folder} one of {vocab_size:,} ({text.meta['tokenizer']}): "
+                        "give a --dataset of the model's own tokenizer")
     if not text.n_windows:
         raise UserError(f"{folder}: no file of its {split} split holds block_size + 1 = {T + 1} tokens; "
                         "lower --block_size")
     index = shuffled(text.n_windows, seed, 0, min(samples, text.n_windows))
-
-    def read(rows):
-        if name in TASKS:
-            x, _ = text.rows(index[rows])
-        else:
-            x = text.windows(index[rows])[:, :-1]
-        return torch.from_numpy(np.ascontiguousarray(x)).to(device)
-
-    return Batches(len(index), read, f"{len(index)} x {T} tokens of {folder}, {split}")
+    x = text.rows(index)[0] if name in TASKS else text.windows(index)[:, :-1]
+    return np.ascontiguousarray(x), f"{len(index)} x {T} tokens of {folder}, {split}"
 
 
 def open_images(net, folder, device, dtype):
-    """Batches of images (B, 3, H, W), cropped and scaled as train_vit.py does for evaluation."""
+    """Batches (B, 3, H, W) of images, cropped and scaled as train_vit.py does for evaluation."""
     images = ImageSplit(folder, split)
     side = net.model.args["image_size"]
     short = net.config.get("eval_resize")
@@ -142,78 +110,81 @@ def open_images(net, folder, device, dtype):
         mean = torch.tensor(images.meta["mean"], device=device).view(3, 1, 1) * 255
         std = torch.tensor(images.meta["std"], device=device).view(3, 1, 1) * 255
     index = shuffled(images.n_images, seed, 0, min(samples, images.n_images))
-
-    def read(rows):
-        numbers = index[rows]
-        boxes, parts = centre_crops(images.heights[numbers], images.widths[numbers], short, side)
-        pixels, sizes = images.read(numbers, boxes)
+    batches = []
+    for start in range(0, len(index), batch_size):
+        rows = index[start:start + batch_size]
+        boxes, parts = centre_crops(images.heights[rows], images.widths[rows], short, side)
+        pixels, sizes = images.read(rows, boxes)
         x = resize(torch.from_numpy(pixels).to(device), sizes, side, boxes=parts.astype(np.float32))
-        return ((x - mean) / std).to(dtype)
-
-    about = f"{len(index)} images of {folder}, {split}, {net.block_size} tokens each"
-    return Batches(len(index), read, about)
+        batches.append(((x - mean) / std).to(dtype))
+    return batches, f"{len(index)} images of {folder}, {split}, {net.block_size} tokens each"
 
 # -------------------------------------------------------------------------------------------- rows
 
-def saturation_rows(key, net, batches, on_attention=None, advance=lambda share: None):
+def layer_names(net):
+    return [*range(len(net.blocks)), "output"]
+
+
+def saturation_rows(key, net, batches, on_attention=None):
     """The rows of saturation.csv of one model; key: checkpoint, step, init."""
-    table = scaling(net, batches, [c], on_attention=on_attention, advance=advance)[c]
+    table = scaling(net, batches, [c], on_attention=on_attention)[c]
     norms = [float(torch.linalg.vector_norm(p)) for p in net.model.parameters() if p.ndim]
-    param_norm = math.hypot(*norms)
     rows = []
-    for layer, (cosine, log_ratio, _) in enumerate(table):
-        rows.append({
-            **key,
-            "layer": layer_name(net, layer),
-            "c": c,
-            "cosine": cosine,
-            "norm_ratio": math.exp(log_ratio),
-            "param_norm": param_norm,
-        })
+    for layer, (cosine, log_ratio, _) in zip(layer_names(net), table):
+        rows.append({**key, "layer": layer, "c": c, "cosine": cosine, "norm_ratio": math.exp(log_ratio),
+                     "param_norm": math.hypot(*norms)})
     return rows
 
 
-def scaling_rows(key, net, batches, advance=lambda share: None):
+def scaling_rows(key, net, batches):
     """The rows of scaling.csv of one model; key: checkpoint, step, init."""
-    norm, bias = "", ""  # unknown for models that are not ours
+    key = {**key, "norm": "", "bias": ""}  # unknown for models that are not ours
     if isinstance(net.model, (GPT, ViT)):
-        norm = "post" if net.model.args.get("post_norm") else "pre"
-        bias = bool(net.model.args["bias"])
-    curve = scaling(net, batches, CURVE, reference=c, advance=advance)
+        key["norm"] = "post" if net.model.args.get("post_norm") else "pre"
+        key["bias"] = bool(net.model.args["bias"])
+    curve = scaling(net, batches, CURVE, reference=c)
     rows = []
-    for layer in range(len(net.blocks) + 1):
-        k = exponent(curve, layer)
+    for i, layer in enumerate(layer_names(net)):
+        k = exponent(curve, i)
         for factor, table in curve.items():
-            cosine, log_ratio, cosine_saturated = table[layer]
-            rows.append({
-                **key,
-                "norm": norm,
-                "bias": bias,
-                "layer": layer_name(net, layer),
-                "c": factor,
-                "cosine_saturated": cosine_saturated,
-                "cosine": cosine,
-                "norm_ratio": math.exp(log_ratio),
-                "k": k,
-            })
+            cosine, log_ratio, cosine_saturated = table[i]
+            rows.append({**key, "layer": layer, "c": factor, "cosine_saturated": cosine_saturated,
+                         "cosine": cosine, "norm_ratio": math.exp(log_ratio), "k": k})
     return rows
 
 
-def layer_name(net, layer):
-    return layer if layer < len(net.blocks) else "output"
+def measure(tables, key, net, batches, last, with_untrained):
+    """Adds the rows of a checkpoint to the tables; key: checkpoint, step.
+
+    last: the checkpoint is the last of its run. with_untrained: fresh GPTs of its shape are measured too.
+    """
+    found = open_heads(net, batches[0], tie) if heads else None
+    trained = {**key, "init": "trained"}
+    tables["saturation.csv"] += saturation_rows(trained, net, batches, found and found.add)
+    if found:
+        tables["heads_saturated.csv"] += found.rows(key)
+    if not last:
+        return
+    random = {**key, "init": "random"}
+    if reinit:
+        tables["saturation.csv"] += saturation_rows(random, net.fresh(), batches)
+    if curves:
+        tables["scaling.csv"] += scaling_rows(trained, net, batches)
+        if not isinstance(net.model, GPT):
+            tables["scaling.csv"] += scaling_rows(random, net.fresh(), batches)
+    if with_untrained:
+        for post_norm, bias in itertools.product((False, True), repeat=2):
+            fresh = untrained(net, post_norm, bias, seed)
+            tables["scaling.csv"] += scaling_rows({**key, "init": "untrained"}, fresh, batches)
 
 # -------------------------------------------------------------------------------------------- main
 
 def check_settings(paths):
-    """Raises UserError that names the setting, its value and the fix."""
     if not paths:
         raise UserError("which checkpoint? e.g. python -m scripts.saturate out/lm/ckpt.pt; see --help")
-    for name in ("samples", "batch_size"):
-        if globals()[name] < 1:
-            raise UserError(f"--{name}={globals()[name]} must be at least 1")
-    for name in ("block_size", "seed"):
-        if globals()[name] < 0:
-            raise UserError(f"--{name}={globals()[name]} must not be negative")
+    if min(samples, batch_size) < 1 or min(block_size, seed) < 0:
+        raise UserError(f"--samples={samples} --batch_size={batch_size} must be at least 1, "
+                        f"--block_size={block_size} --seed={seed} not negative")
     if not 1 < c <= 1e6:
         raise UserError(f"--c={c:g}: expects a factor above 1, 1e6 at most")
     if not 0 < tie <= 1:
@@ -227,28 +198,7 @@ def check_settings(paths):
             raise UserError(f"{path}: no such file or folder")
 
 
-def measurements(net, last, with_untrained):
-    """The measurements of a checkpoint: a list of (CSV file, init, function that returns the Net).
-
-    last: the checkpoint is the last of its run. with_untrained: fresh GPTs of its shape are measured too.
-    """
-    fresh = functools.cache(net.fresh)
-    todo = [("saturation.csv", "trained", lambda: net)]
-    if last and reinit:
-        todo.append(("saturation.csv", "random", fresh))
-    if last and curves:
-        todo.append(("scaling.csv", "trained", lambda: net))
-        if not isinstance(net.model, GPT):
-            todo.append(("scaling.csv", "random", fresh))
-    if with_untrained:
-        for post_norm, bias in itertools.product((False, True), repeat=2):
-            make = functools.partial(untrained, net, post_norm, bias, seed)
-            todo.append(("scaling.csv", "untrained", make))
-    return todo
-
-
 def main(paths):
-    """Returns {file name: rows}."""
     check_settings(paths)
     torch_device = pick_device(device)
     float_dtype = torch.float64
@@ -259,61 +209,32 @@ def main(paths):
     ckpts = [(ckpt.path, ckpt.step) for ckpt in open_all(paths)]
     last_of_run = {run_of(path): path for path, _ in ckpts}
     tables = {"saturation.csv": [], "heads_saturated.csv": [], "scaling.csv": []}
-    described = set()
+    described = ""
     shapes = []  # (model arguments, data) whose untrained models are measured already
-    bar = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with tqdm(total=len(ckpts), disable=None, smoothing=0, bar_format=bar) as progress:
-        for path, step in ckpts:
-            progress.set_description(os.path.basename(path))
-            net = open_net(path, torch_device, float_dtype, seed, fixed_positions)
-            batches = open_batches(path, net, torch_device, float_dtype)
-            if (net.name, batches.about) not in described:
-                described.add((net.name, batches.about))
-                print(f"{path}: {net.name}, {len(net.blocks)} blocks, "
-                      f"on {batches.about}; {float_dtype}, {torch_device}", flush=True)
+    for path, step in ckpts:
+        net = open_net(path, torch_device, float_dtype, seed, fixed_positions)
+        batches, about = open_batches(path, net, torch_device, float_dtype)
+        description = f"{net.name}, {len(net.blocks)} blocks, on {about}; {float_dtype}, {torch_device}"
+        if description != described:
+            described = description
+            print(f"{path}: {described}", flush=True)
+        last = path == last_of_run[run_of(path)]
+        with_untrained = False
+        if last and curves and isinstance(net.model, GPT):
+            with_untrained = (net.model.args, about) not in shapes
+            shapes.append((net.model.args, about))
+        try:
+            measure(tables, {"checkpoint": path, "step": step}, net, batches, last, with_untrained)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
-            last = path == last_of_run[run_of(path)]
-            with_untrained = False
-            if last and curves and isinstance(net.model, GPT):
-                shape = (net.model.args, batches.about)
-                with_untrained = shape not in shapes
-                shapes.append(shape)
-            todo = measurements(net, last, with_untrained)
-
-            n_parts = len(todo)
-
-            def advance(share, n_parts=n_parts):
-                progress.update(share / n_parts)
-
-            try:
-                found = open_heads(net, batches[0], tie) if heads else None
-                for name, init, make in todo:
-                    key = {"checkpoint": path, "step": step, "init": init}
-                    if name == "scaling.csv":
-                        tables[name] += scaling_rows(key, make(), batches, advance)
-                        continue
-                    watch = found.add if found and init == "trained" else None
-                    tables[name] += saturation_rows(key, make(), batches, watch, advance)
-                if found:
-                    tables["heads_saturated.csv"] += found.rows({"checkpoint": path, "step": step})
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from None
-
-    tables = {name: rows for name, rows in tables.items() if rows}
-    print_saturation(tables["saturation.csv"], c)
-    if "heads_saturated.csv" in tables:
-        print_heads(tables["heads_saturated.csv"], c)
-    if "scaling.csv" in tables:
-        print_scaling(tables["scaling.csv"], c)
-    written = []
-    for name, rows in tables.items():
-        csv_path = write_csv(os.path.join(out_dir, name), rows)
-        written.append(f"{csv_path} ({len(rows):,} rows)")
-    print("\nwrote " + ", ".join(written))
+    print_tables(tables, c)
+    written = [name for name in tables if tables[name]]
+    for name in written:
+        print(f"wrote {write_csv(os.path.join(out_dir, name), tables[name])} ({len(tables[name]):,} rows)")
     if figure:
         from nanorank.figures import saturation as figures
-        print("figures: " + ", ".join(figures.saturated(out_dir, list(tables))))
-    return tables
+        print("figures: " + ", ".join(figures.saturated(out_dir, written)))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ Checkpoints as a nanorank.saturation.Net: GPTs and ViTs of ours, nanoGPT's, and 
     net = open_net("out/lm/ckpt.pt", device, torch.float64, seed=1337)
     output = net.run(batch)                                        # (B, T, d), what the head reads
 """
+import contextlib
 import copy
-import functools
 import math
 import os
 
@@ -28,23 +28,15 @@ def open_net(path, device, dtype, seed=0, fixed_positions=False):
     """
     if os.path.isdir(path):
         return open_hugging_face(path, device, dtype, seed)
-    if path.endswith(".safetensors"):
-        raise UserError(f"{path} holds the weights alone; give the Hugging Face folder, with its config.json")
-
-    checkpoint = load_pt(path, mmap=True)
+    checkpoint = {} if path.endswith(".safetensors") else load_pt(path, mmap=True)
     args = checkpoint.get("model_args") if isinstance(checkpoint, dict) else None
     if not isinstance(args, dict):
         raise UserError(f"{path}: no model_args in it; give a GPT or ViT of ours, nanoGPT's, "
                         "or a Hugging Face folder")
     load_model = load_vit if "patch_size" in args else load_gpt
-    try:
-        model = load_model(checkpoint)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     config = checkpoint.get("config")
-    if not isinstance(config, dict):
-        config = {}
-    return our_net(model, config, device, dtype, seed, fixed_positions)
+    return our_net(load_model(checkpoint, path=path), config if isinstance(config, dict) else {},
+                   device, dtype, seed, fixed_positions)
 
 # ---------------------------------------------------------------------------------- GPTs and ViTs
 
@@ -55,18 +47,14 @@ def our_net(model, config, device, dtype, seed=0, fixed_positions=False):
     blocks = model.transformer.h
 
     def run(batch, on_attention=None):
-        hooks = []
-        if on_attention:
-            for layer, block in enumerate(blocks):
-                hook = functools.partial(hand_on_weights, layer, block.attn, on_attention)
-                hooks.append(block.attn.c_attn.register_forward_hook(hook))
-        try:
-            # fused kernels subtract a maximum that was rounded otherwise, which matters for scores of 1e12
-            with sdpa_kernel(SDPBackend.MATH):
-                return model.hidden(batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        # fused kernels subtract a maximum that was rounded otherwise, which matters for scores of 1e12
+        with contextlib.ExitStack() as stack, sdpa_kernel(SDPBackend.MATH):
+            if on_attention:
+                for layer, block in enumerate(blocks):
+                    def hook(module, inputs, qkv, layer=layer, attn=block.attn):
+                        on_attention(layer, attention_weights(attn, qkv))
+                    stack.callback(block.attn.c_attn.register_forward_hook(hook).remove)
+            return model.hidden(batch)
 
     def fresh():
         new = type(model)(**args)
@@ -76,24 +64,15 @@ def our_net(model, config, device, dtype, seed=0, fixed_positions=False):
     parameters = list(model.parameters())
     if fixed_positions and hasattr(model, "sincos2d"):
         parameters.append(model.sincos2d)
-
     # beyond this the sum of squares in a norm overflows, and the norm returns 0 rather than NaN
     limit = (torch.finfo(dtype).max / args["n_embd"])**0.5
     if isinstance(model, GPT):
-        vocab_size = args["vocab_size"]
-        block_size = args["block_size"]
+        vocab_size, block_size = args["vocab_size"], args["block_size"]
     else:
         vocab_size = 0
-        block_size = (args["image_size"] // args["patch_size"])**2
-        if args["pool"] == "cls":
-            block_size += 1
+        block_size = (args["image_size"] // args["patch_size"])**2 + (args["pool"] == "cls")
     name = f"{type(model).__name__} of ours"
     return Net(model, run, blocks, parameters, limit, fresh, config, vocab_size, block_size, name)
-
-
-def hand_on_weights(layer, attention, on_attention, module, inputs, qkv):
-    """A forward hook of c_attn that calls on_attention(layer, weights)."""
-    on_attention(layer, attention_weights(attention, qkv))
 
 
 def attention_weights(attention, qkv):
@@ -132,37 +111,27 @@ def open_hugging_face(path, device, dtype, seed=0):
         model = transformers.AutoModel.from_pretrained(
             path, dtype=dtype, attn_implementation="eager", local_files_only=True)
     except Exception as error:  # transformers raises dozens of kinds
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"{path}: transformers cannot load it: {lines[0][:200]}") from None
+        raise UserError(f"{path}: transformers cannot load it: {str(error)[:200]}") from None
     return hugging_face_net(model, path, device, dtype, seed)
 
 
 def hugging_face_net(whole, path, device, dtype, seed=0):
     """A Net of a transformers model with eager attention; the encoder, where it has a decoder too."""
-    from transformers import AutoModel
     config = whole.config
-    encoder_only = getattr(config, "is_encoder_decoder", False)
-    model = whole.get_encoder() if encoder_only else whole
+    model = whole.get_encoder() if getattr(config, "is_encoder_decoder", False) else whole
     model = model.to(device, dtype).eval().requires_grad_(False)
     name = type(model).__name__
-
-    blocks = None
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == getattr(config, "num_hidden_layers", -1):
-            blocks = module
-            break
-    if blocks is None or not isinstance(getattr(config, "vocab_size", None), int):
+    n_layer = getattr(config, "num_hidden_layers", -1)
+    lists = [x for x in model.modules() if isinstance(x, nn.ModuleList) and len(x) == n_layer]
+    if not lists or not isinstance(getattr(config, "vocab_size", None), int):
         raise UserError(f"{path}: {name} has no list of num_hidden_layers blocks over tokens; "
                         "only text models are measured")
-    options = {}
-    if not encoder_only and getattr(config, "use_cache", False):
-        options["use_cache"] = False
+    options = {"use_cache": False} if model is whole and getattr(config, "use_cache", False) else {}
 
     def run(batch, on_attention=None):
-        watched = on_attention is not None
-        out = model(input_ids=batch, output_attentions=watched, **options)
-        if watched:
-            if out.attentions is None or len(out.attentions) != len(blocks):
+        out = model(input_ids=batch, output_attentions=on_attention is not None, **options)
+        if on_attention:
+            if len(out.attentions or ()) != n_layer:
                 raise UserError(f"{name} does not return its attention weights; "
                                 "--heads=False measures the rest")
             for layer, weights in enumerate(out.attentions):
@@ -170,6 +139,7 @@ def hugging_face_net(whole, path, device, dtype, seed=0):
         return out.last_hidden_state
 
     def fresh():
+        from transformers import AutoModel
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             new = AutoModel.from_config(copy.deepcopy(config), attn_implementation="eager")
@@ -178,5 +148,6 @@ def hugging_face_net(whole, path, device, dtype, seed=0):
     block_size = min(256, getattr(config, "max_position_embeddings", None) or 256)
     # RMS norms square in float32 whatever the model's dtype is
     limit = (torch.finfo(torch.float32).max / config.hidden_size)**0.5
-    return Net(model, run, blocks, list(model.parameters()), limit, fresh, {}, config.vocab_size, block_size,
+    parameters = list(model.parameters())
+    return Net(model, run, lists[0], parameters, limit, fresh, {}, config.vocab_size, block_size,
                f"{name} of transformers")

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, flags, load, one_line_exit_2, script, write_data
+from conftest import load, one_line_exit_2, refused, script, write_data
 from test_model import gpt, hugging_face, tokens
 from torch import nn
 from torch.nn import functional as F
@@ -149,21 +149,6 @@ def test_kinds_and_distances_of_causal_heads(kind):
     assert row["available"] == pytest.approx(n.mean())
     assert row["distance"] == pytest.approx((T - 1) / T if kind == "argmax" else ((n - 1) / 2).mean())
     assert row["entropy"] == pytest.approx(0 if kind == "argmax" else np.log(n).mean(), abs=1e-6)
-
-
-def test_equal_tokens_tie():
-    """Without positions, equal tokens score the same: a saturated query attends to all copies of one."""
-    torch.manual_seed(0)
-    module = Attention(16, 2, bias=True, dropout=0.0, causal=False).double()
-    copies = torch.tensor([0, 1, 2, 0, 1, 0, 3, 3, 3, 3])
-    x = torch.randn(4, 16, dtype=torch.float64)[copies][None]
-    with torch.no_grad(), scaled(module.parameters(), 1000.0):
-        weights = attention_weights(module, module.c_attn(x))[0]
-    for row in weights.flatten(0, 1):
-        attended = copies[row > 1e-6]
-        assert len(set(attended.tolist())) == 1 and torch.equal(row > 1e-6, copies == attended[0])
-        equal_share = torch.tensor(1 / len(attended), dtype=torch.float64)
-        assert torch.allclose(row[row > 1e-6], equal_share, atol=1e-3)
 
 # ------------------------------------------------------------------------------------ whole models
 
@@ -419,10 +404,9 @@ def test_bad_input_is_one_line(tmp_path, run, data_dir):
         ("folder", {}, "no model in it"),
     ]
     for path, settings, words in cases:
-        with pytest.raises(UserError) as error:
+        with refused(words):
             run(tmp_path / path, **{"data_dir": str(data_dir), **settings})
-        assert words in str(error.value), (path, settings)
-    with pytest.raises(UserError, match="which checkpoint"):
+    with refused("which checkpoint"):
         run()
     result = script("-m", "scripts.saturate", tmp_path / "bare.pt", f"--out_dir={tmp_path}")
     one_line_exit_2(result, "saturate.py:", "bare.pt", "no model_args")
@@ -445,23 +429,7 @@ def test_post_norm_is_the_norm_of_each_sum(mlp):
     assert torch.equal(again(x)[0], model(x)[0])
 
 
-def test_pre_norm_is_to_the_bit_what_it_was():
-    model = gpt(bias=True)
-    x = tokens(2, 9)
-    t = model.transformer
-    y = t.wte(x) + t.wpe(torch.arange(9))
-    for block in t.h:
-        y = y + block.attn(block.ln_1(y))
-        y = y + block.mlp(block.ln_2(y))
-    assert torch.equal(model(x)[0], model.lm_head(t.ln_f(y)))
-    names = ["vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias"]
-    assert list(saved_args(model.args)) == names
-
-
-def test_post_norm_trains_and_stays(tmp_path, train, data_dir):
+def test_post_norm_trains_and_stays(tmp_path, train):
     result = train(tmp_path / "post", post_norm=True)
     assert result["post_norm"] is True and result["test_loss"] < 4.5  # ln 257 = 5.5 to begin with
     assert load(tmp_path / "post" / "ckpt.pt")["model_args"]["post_norm"] is True
-    again = {"data_dir": data_dir, "out_dir": tmp_path / "post", "init_from": "resume", "max_iters": 30}
-    again = {**TINY, **again}
-    one_line_exit_2(script("train_lm.py", *flags(**again)), "post_norm was True, is False")
