@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_lm
 import train_vit
-from configurator import configure
+from configurator import configure, spelled
 from model import GPT, ViT, decay_groups, init_weights, make_optimizers, vit_size
 from nanorank.device import peak_flops, pick_device, pick_dtype
 from nanorank.errors import UserError, user_errors
@@ -324,7 +324,9 @@ def main(names):
     if peer and not os.path.isfile(os.path.join(peer, "model.py")):
         raise UserError(f"--peer={peer} holds no model.py: expects a checkout of karpathy/nanoGPT")
     picked = pick_device(device)
-    compiles = compile == "true" or (compile == "auto" and picked.type == "cuda")
+    compiles = picked.type == "cuda" if compile == "auto" else spelled(compile)
+    if compiles is NotImplemented:
+        raise UserError(f"--compile={compile}: expects auto, true or false")
     setup = Setup(picked, pick_dtype(dtype, picked), compiles, repeats)
     chip = torch.cuda.get_device_name(picked) if picked.type == "cuda" else str(picked)
     threads = torch.get_num_threads()
