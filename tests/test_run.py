@@ -3,19 +3,15 @@ nanorank.run on its own: how a batch is split, and who may use a run's folder.
 """
 import errno
 import os
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import (
-    REPO,
     TINY,
     assert_same_weights,
     command,
-    environment,
     flags,
     logged,
     one_line_exit_2,
@@ -153,12 +149,12 @@ def test_an_emulated_dtype_costs_no_minutes(monkeypatch):
     assert device.slow_dtype(cpu, torch.float32) == 0
 
 
-def test_a_cpu_without_bfloat16_is_said_at_once(tmp_path, data_dir):
+def test_a_cpu_without_bfloat16_is_said_at_once(tmp_path, data_dir, monkeypatch):
     """oneDNN is told that the CPU has no more than AVX2: then bfloat16 is emulated."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     args = flags(**{**TINY, "data_dir": data_dir, "out_dir": tmp_path / "a", "max_iters": 2})
     began = time.monotonic()
-    run = subprocess.run([sys.executable, "train_lm.py", "--dtype=bfloat16", *args], cwd=REPO, capture_output=True, text=True,
-                         env=environment(ONEDNN_MAX_CPU_ISA="AVX2"), timeout=300)
+    run = script("train_lm.py", "--dtype=bfloat16", *args)
     assert run.returncode == 0, run.stderr
     assert "note: this CPU emulates bfloat16" in run.stdout.splitlines()[0]
     assert time.monotonic() - began < 60
@@ -170,11 +166,12 @@ def test_switched_off_nothing_is_compiled(train, tmp_path, monkeypatch, spelling
     train(tmp_path / "a", compile=spelling, max_iters=2)
 
 
-def test_without_a_compiler_compile_is_one_line(tmp_path, data_dir):
+def test_without_a_compiler_compile_is_one_line(tmp_path, data_dir, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     args = flags(**{**TINY, "data_dir": data_dir, "out_dir": tmp_path / "a", "compile": True})
-    bare = environment(PATH=str(tmp_path), CXX="no-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
-    run = subprocess.run([sys.executable, "train_lm.py", *args], cwd=REPO, capture_output=True, text=True,
-                         env=bare, timeout=300)
+    run = script("train_lm.py", *args)
     one_line_exit_2(run, "--compile=True", "No working C++ compiler", "--compile=False does without")
 
 
