@@ -24,6 +24,12 @@ import re
 import sys
 import tokenize
 
+# OpenMP's idle threads spin before they sleep, for milliseconds: two jobs on the same cores then spend most
+# of their time on that. Some microseconds do as well for a job alone. It stands here because every script
+# imports this file before torch, which reads it once. Results do not depend on it.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # times around a loop
+
 TRUE = ("true", "1", "yes", "on", "t", "y")  # in any case
 FALSE = ("false", "0", "no", "off", "f", "n")
 KINDS = {bool: "true or false", int: "an int", float: "a float", str: "a string"}
