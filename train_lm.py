@@ -7,7 +7,7 @@ Trains a GPT with attention decayed apart from the rest, and logs the rank of it
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --nproc_per_node=8 train_lm.py    # one line a node
 
 The defaults are the language-model settings that Kobayashi et al. 2024 (arXiv 2410.23819) publish, marked
-"paper" below. What they leave open is our choice, marked "ours".
+"paper" below. Settings that they do not give are our choice, marked "ours".
 
 Writes OUT_DIR/ckpt.pt, step_*.pt, log.jsonl, result.json and source/. SIGTERM or Ctrl-C finishes the step
 and saves; --init_from=resume goes on, to the bit on a CPU.
@@ -32,7 +32,7 @@ from nanorank.watch import attention_ranks, group_norms
 # -----------------------------------------------------------------------------
 # run
 out_dir = "out/lm"              # folder of the run
-init_from = "scratch"           # scratch, resume (out_dir/ckpt.pt), auto (resume if it is there), or a PATH
+init_from = "scratch"           # scratch, resume, auto (resume if there is a ckpt.pt), or PATH (weights)
 overwrite = False               # let scratch start over in an out_dir that holds a run
 eval_only = False               # evaluate whole val and test splits, write eval.json, end
 seed = 1337                     # of initialisation, data order and dropout
@@ -105,8 +105,8 @@ def train_batches(split, run, start):
     def read(key):
         step, micro_step = key
         # a step's sequences are dealt out in pieces of B: micro-step by micro-step, rank by rank
-        first = step * total_batch_size + (micro_step * run.world_size + run.rank) * B
-        return split.sample(seed, first, B)
+        first_sequence = step * total_batch_size + (micro_step * run.world_size + run.rank) * B
+        return split.sample(seed, first_sequence, B)
 
     keys = ((step, micro_step) for step in range(start, max_iters)
             for micro_step in range(run.grad_accum_steps))
@@ -140,7 +140,7 @@ def evaluate(net, split, run, n_rows=None):
             _, loss = net(x, y)
             total_loss += loss.item() * n
             if dataset in TASKS:
-                logits, _ = net(x)
+                logits, _ = net(x)  # with targets there are no logits: the loss is made in chunks
                 n_right += int((logits.argmax(-1) == y).sum())
         n_targets += n
     net.train()
@@ -165,12 +165,11 @@ def check_fit(model, tokenizer_size):
     """The model of a checkpoint must have room for the data's tokens and for block_size."""
     for name, needed in (("vocab_size", tokenizer_size), ("block_size", block_size)):
         if model.args[name] < needed:
-            raise UserError(f"the model's {name} is {model.args[name]}, this data set and --block_size "
-                            f"need {needed}")
+            raise UserError(f"the model's {name} is {model.args[name]}, this run needs {needed}")
 
 
 def main():
-    run = Run(__file__, current(globals()))      # processes, device, dtype; out_dir begun, resumed or refused
+    run = Run(__file__, current(globals()))      # joins torchrun, locks out_dir, loads run.ckpt if any
     data = open_data(run)
     run.check_resume(data["train"].fingerprint(), max_iters)
 
@@ -186,9 +185,9 @@ def main():
     model.to(run.device)
 
     # `net` is what runs; `model` keeps clean names for checkpoints and metrics
-    net = torch.compile(model) if run.compile else model
+    net = torch.compile(model, dynamic=False) if run.compile else model
     if run.ddp:
-        net = DDP(net, device_ids=run.device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = DDP(net, device_ids=run.device_ids, gradient_as_bucket_view=True)
 
     if eval_only:
         result = evaluate_all(net, data, run)
@@ -202,9 +201,8 @@ def main():
 
     tokens_per_step = total_batch_size * block_size
     flops_per_step = tokens_per_step * flops_per_token(model, block_size)
-    train = data["train"]
-    epochs = max_iters * total_batch_size / train.n_windows
-    run.print(f"data: {train.n_tokens:,} train tokens ({train.meta['tokenizer']}), {epochs:.2f} epochs")
+    epochs = max_iters * total_batch_size / data["train"].n_windows
+    run.print(f"data: {data['train'].n_tokens:,} train tokens, {epochs:.2f} epochs")
     run.banner(groups, get_lr, start, "tokens", tokens_per_step, flops_per_step)
     batches = train_batches(data["train"], run, start)
 
@@ -266,7 +264,7 @@ def main():
         run.scaler.update()
         run.log_train(step, train_loss, lr, grad_norm)   # waits for the GPU every log_interval
 
-    run.save(max_iters, model, optimizers, best_val_loss)    # once more, with the last evaluation
+    run.save(max_iters, model, optimizers, best_val_loss)    # again, with the last best_val_loss
     result = evaluate_all(net, data, run)
     run.finish({**model.args, "block_size": block_size, **result, "best_val_loss": best_val_loss})
 

@@ -7,7 +7,7 @@ Trains a plain Vision Transformer with attention decayed apart from the rest: tr
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --nproc_per_node=8 train_vit.py    # one line a node
 
 The defaults are the plain ViT-S/16 baseline of Beyer, Zhai, Kolesnikov 2022 (arXiv 2205.01580), marked
-"Beyer" below. Kobayashi et al. 2024 publish no ViT settings. What Beyer leaves open is marked "ours".
+"Beyer" below. Kobayashi et al. 2024 publish no ViT settings. Settings that neither gives are marked "ours".
 
 Writes OUT_DIR/ckpt.pt, step_*.pt, log.jsonl, result.json and source/. SIGTERM or Ctrl-C finishes the step
 and saves; --init_from=resume goes on, to the bit on a CPU. test_acc in result.json is of the split that
@@ -27,7 +27,7 @@ from nanorank.augment import flips, mix, rand_augment, random_crops, resize
 from nanorank.distributed import all_sum, exit_codes
 from nanorank.errors import UserError
 from nanorank.flops import flops_per_image
-from nanorank.images import ImageSplit, centre_crops
+from nanorank.images import ImageSplit, centre_crops, mean_and_std
 from nanorank.rng import shuffled
 from nanorank.run import Run
 from nanorank.run_folder import make_data
@@ -37,7 +37,7 @@ from nanorank.watch import attention_ranks, group_norms
 # -----------------------------------------------------------------------------
 # run
 out_dir = "out/vit"             # folder of the run
-init_from = "scratch"           # scratch, resume (out_dir/ckpt.pt), auto (resume if it is there), or a PATH
+init_from = "scratch"           # scratch, resume, auto (resume if there is a ckpt.pt), or PATH (weights)
 overwrite = False               # let scratch start over in an out_dir that holds a run
 eval_only = False               # evaluate whole val and test splits, write eval.json, end
 seed = 1337                     # of initialisation, data order, augmentation, dropout and drop path
@@ -142,8 +142,7 @@ def to_float(x, meta):
     """uint8 images (B, 3, S, S) as the model reads them."""
     if not standardize:
         return x / 127.5 - 1
-    mean = torch.tensor(meta["mean"], device=x.device).view(3, 1, 1) * 255
-    std = torch.tensor(meta["std"], device=x.device).view(3, 1, 1) * 255
+    mean, std = mean_and_std(tuple(meta["mean"]), tuple(meta["std"]), x.device)
     return (x - mean) / std
 
 
@@ -219,7 +218,7 @@ def check_fit(model, meta, run):
 
 
 def main():
-    run = Run(__file__, current(globals()))      # processes, device, dtype; out_dir begun, resumed or refused
+    run = Run(__file__, current(globals()))      # joins torchrun, locks out_dir, loads run.ckpt if any
     data = open_data(run)
     meta, n_train = data["train"].meta, data["train"].n_images
     n_steps = max_iters or max(1, round(epochs * n_train / total_batch_size))
@@ -239,9 +238,9 @@ def main():
     model.to(run.device)
 
     # `net` is what runs; `model` keeps clean names for checkpoints and metrics
-    net = torch.compile(model) if run.compile else model
+    net = torch.compile(model, dynamic=False) if run.compile else model
     if run.ddp:
-        net = DDP(net, device_ids=run.device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = DDP(net, device_ids=run.device_ids, gradient_as_bucket_view=True)
 
     if eval_only:
         return run.finish_eval({**model.args, **evaluate_all(net, data, run)})
@@ -319,7 +318,7 @@ def main():
         run.scaler.update()
         run.log_train(step, train_loss, lr, grad_norm)   # waits for the GPU every log_interval
 
-    run.save(n_steps, model, optimizers, best_val_loss)      # once more, with the last evaluation
+    run.save(n_steps, model, optimizers, best_val_loss)      # again, with the last best_val_loss
     result = evaluate_all(net, data, run)
     run.finish({**model.args, **result, "best_val_loss": best_val_loss})
 

@@ -90,13 +90,18 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
+def device_name(device):
+    """NVIDIA H100 80GB HBM3, or cpu, mps."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def peak_flops(device, dtype):
     """(FLOP/s that a step is compared with, where the number is from).
 
     NVIDIA's dense peak where the chip is known, else a GEMM timed here.
     """
     if device.type == "cuda" and dtype != torch.float32:
-        name = torch.cuda.get_device_name(device)
+        name = device_name(device)
         for chip, peak in DENSE_16_BIT.items():
             if chip in name:
                 return peak, f"{name} data sheet, 16 bit dense"
@@ -133,7 +138,7 @@ def slow_dtype(device, dtype):
     """How many times as long a product takes as in float32, where this CPU emulates the dtype; else 0."""
     if device.type != "cpu" or dtype == torch.float32:
         return 0
-    n = 128
+    n = 256
     ratios = []
     for _ in range(3):
         ratios.append(gemm_seconds(n, device, dtype) / gemm_seconds(n, device, torch.float32))

@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import sys
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -14,25 +15,30 @@ from nanorank.errors import UserError, is_disk_error, one_line
 
 def init_process_group(device):
     """Joins torchrun's process group: nccl on CUDA, gloo elsewhere. Returns this process's device."""
-    local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    # torchrun sets all of these, other launchers RANK and WORLD_SIZE alone
+    world_size = int(os.environ["WORLD_SIZE"])
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    local_rank = int(os.environ.get("LOCAL_RANK", int(os.environ["RANK"]) % local_world_size))
     backend = "gloo"
+    if device.type == "mps":
+        raise UserError("several processes cannot share an Apple GPU: use --device=cpu, or one process")
     if device.type == "cuda":
         n_gpus = torch.cuda.device_count()
         if local_world_size > n_gpus:
             raise UserError(f"--nproc_per_node={local_world_size} is more than the {n_gpus} GPUs here")
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # gloo sends what must not make the GPU wait, such as the stop signal
 
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restart == "0" or local_world_size != int(os.environ["WORLD_SIZE"]):
+    if restart == "0" or local_world_size != world_size:
         dist.init_process_group(backend)
         return device
 
     # torchrun keeps its store over a restart, and with it the addresses of dead processes. Connecting
     # to these waits for ever, so each restart gets keys of its own. On several machines the counts can
     # differ: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun there.
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    store, rank, _ = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart_{restart}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return device
@@ -49,6 +55,14 @@ def all_sum(*numbers):
 
 
 training = False  # set by Run: before it all processes fail alike, from then on one may fail alone
+
+
+def check_alike(text, where):
+    """Raises UserError on every process unless this text is the same on all of them."""
+    h = zlib.crc32(text.encode()) >> 12  # 20 bits, so that sums of squares are exact in float64
+    n, total, squares = all_sum(1, h, h * h)
+    if n * squares != total * total:  # equal only where all are equal (Cauchy-Schwarz)
+        raise UserError(f"processes differ in {where}: {text} on process {os.environ['RANK']}")
 
 
 @contextlib.contextmanager

@@ -9,12 +9,14 @@ width, 3) row by row; NAME.idx, one RECORD an image; and meta.json,
      "splits": {"train": {"images": 9, "files": [{"name": "train.bin", "bytes": 9, "crc32": "0a1b2c3d"},
                                                  {"name": "train.idx", ...}]}, ...}}
 """
+import functools
 import json
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from nanorank.errors import UserError
 from nanorank.tokens import CHECKED, check_apart, check_crc32, check_file_size, load_meta
@@ -115,6 +117,13 @@ def centre_crops(heights, widths, resize, size):
     boxes = np.concatenate([low, high - low], axis=1)
     parts = np.concatenate([start - low, length], axis=1)
     return boxes, parts
+
+
+@functools.cache  # made once: a copy to the GPU makes the host wait
+def mean_and_std(mean, std, device):
+    """Channel means and deviations (3, 1, 1) of uint8 pixels, from those of meta.json, tuples in [0, 1]."""
+    return (torch.tensor(mean, device=device).view(3, 1, 1) * 255,
+            torch.tensor(std, device=device).view(3, 1, 1) * 255)
 
 
 def read_meta(folder):

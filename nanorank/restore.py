@@ -146,7 +146,7 @@ def is_settings(x):
 
 
 def is_decay(x):
-    return isinstance(x, dict) and {"attn", "embed", "none"} <= x.keys() and all(map(is_number, x.values()))
+    return isinstance(x, dict) and all(isinstance(name, str) and is_number(wd) for name, wd in x.items())
 
 
 RESUMABLE = {  # what exact resume needs beside the weights

@@ -26,7 +26,14 @@ from configurator import spelled
 from nanorank import distributed
 from nanorank.checkpoints import RUN_FILE
 from nanorank.console import StopSignal, print0, time_left
-from nanorank.device import compile_error, peak_flops, pick_device, pick_dtype, slow_dtype
+from nanorank.device import (
+    compile_error,
+    device_name,
+    peak_flops,
+    pick_device,
+    pick_dtype,
+    slow_dtype,
+)
 from nanorank.errors import UserError
 from nanorank.files import load_pt, save_json, save_pt
 from nanorank.restore import check_resumable, load_optimizers, saved_args
@@ -44,7 +51,7 @@ class Run:
     rank, world_size, master_process, ddp    where this process stands
     device, dtype, compile                   what the model runs on
     batch_size, grad_accum_steps             of a micro-step on this process; micro-steps a step
-    ckpt                                     dict of the checkpoint to start from, None from scratch
+    ckpt, init_path, resume                  dict to start from (None: scratch), its file, whether to resume
     snapshot_steps, max_iters                set by check_resume
 
     Raises UserError where settings, flags or the folder do not allow what is asked.
@@ -116,7 +123,7 @@ class Run:
 
         Raises UserError where it was asked for and does not work.
         """
-        auto = self.settings["compile"] == "auto"
+        auto = str(self.settings["compile"]).lower() == "auto"
         wanted = self.device.type == "cuda" if auto else spelled(self.settings["compile"])
         if not wanted:
             return False
@@ -198,6 +205,9 @@ class Run:
         self.fingerprint = fingerprint
         self.max_iters = max_iters
         self.snapshot_steps = parse_steps(self.settings["snapshot_steps"], max_iters)
+        # nodes that do not share out_dir or data_dir each find their own: without this they would train apart
+        start = self.ckpt.get("iter_num", 0) if self.resume else "none"
+        distributed.check_alike(f"step {start} of ckpt.pt, data {fingerprint}", "what they resume or read")
         if self.resume and not self.settings["eval_only"]:
             check_resumable(self.ckpt, self.ckpt_path, self.script)
             changes = check_same_run(self.ckpt, self.ckpt_path, self.settings, fingerprint, max_iters)
@@ -217,6 +227,10 @@ class Run:
                 self.scaler.load_state_dict(ckpt["scaler"])
             start, best_val_loss = ckpt["iter_num"], ckpt["best_val_loss"]
             self.seconds, self.decay_time = ckpt["seconds"], dict(ckpt["decay"])
+            if self.decay_time.keys() != self.weight_decay.keys():
+                old, new = ", ".join(self.decay_time), ", ".join(self.weight_decay)
+                raise UserError(f"{self.ckpt_path} has decay groups {old}, the model has {new}: "
+                                f"--init_from={self.ckpt_path} starts a new run")
             log_bytes, wandb_id = ckpt["log_bytes"], ckpt["wandb_id"]
         self.ckpt = None  # frees its memory
 
@@ -290,19 +304,19 @@ class Run:
         self.pending = []
 
     def read_steps(self):
-        """(losses, gradient norms) of the unread steps; losses are means over processes.
+        """(losses, gradient norms) of the steps since the last report; losses are means over processes.
 
         Ends the run where one is not finite. With float16 a gradient may overflow: the scaler skips that
         step, and the run ends once the scale has fallen below LEAST_SCALE.
         """
         pairs = [torch.stack([loss, grad_norm]) for _, loss, _, grad_norm in self.pending]
-        values = torch.stack(pairs).cpu().double()  # note: waits for the GPU
+        values = torch.stack(pairs).cpu().double()  # waits for the GPU
         own_losses, grad_norms = values.T.tolist()
         losses = distributed.all_sum(*own_losses)
         for (step, *_), own, summed, norm in zip(self.pending, own_losses, losses, grad_norms):
             if math.isfinite(summed) and (math.isfinite(norm) or self.scaler.is_enabled()):
                 continue
-            # one process speaks: the one whose loss it is, or the first where only the gradient is to blame
+            # print on the process whose loss is not finite; if only the gradient is, on the first
             if not math.isfinite(own) or (math.isfinite(summed) and self.master_process):
                 print(f"{self.script}: loss {own}, gradient norm {norm} at step {step} on process "
                       f"{self.rank}; the last good checkpoint is {self.ckpt_path}",
@@ -311,7 +325,7 @@ class Run:
             raise SystemExit(1)
         scale = self.scaler.get_scale()
         if self.scaler.is_enabled() and scale < LEAST_SCALE:
-            self.fail(f"gradients overflow float16 at any scale, the last was {scale:g} behind step "
+            self.fail(f"gradients overflow float16 at any scale, the last was {scale:g} after step "
                       f"{self.pending[-1][0]}, and steps are skipped: lower --learning_rate or take bfloat16")
         return [loss / self.world_size for loss in losses], grad_norms
 
@@ -320,7 +334,7 @@ class Run:
         if self.pending:
             self.report()
         for name, p in model.named_parameters():
-            if not p.isfinite().all():  # note: waits for the GPU
+            if not p.isfinite().all():  # waits for the GPU
                 self.fail(f"{name} holds NaN or inf at step {step}")
 
     def fail(self, message):
@@ -359,7 +373,7 @@ class Run:
             return
         if step != self.saved_step:
             self.saved_step = step
-            # what is logged behind this point will be logged again by a run that resumes here
+            # later lines will be logged again by a run that resumes here
             self.log_bytes = self.log_file.size()
         states = [opt.state_dict() for opt in optimizers]
         save_pt(self.ckpt_path, {
@@ -431,9 +445,11 @@ class Run:
 
     def finish(self, result):
         """Ends the run: writes result.json."""
-        time_constants = {"decay_time_constants": self.decay_time["attn"],
-                          "decay_time_constants_mlp": self.decay_time.get("mlp", 0.0),
-                          "decay_time_constants_embed": self.decay_time["embed"]}
+        attention = self.decay_time.get("attn", 0.0)
+        time_constants = {"decay_time_constants": attention}
+        for name in {"mlp": 0.0, "embed": 0.0, **self.decay_time}:  # groups of a fork's own, too
+            if name not in ("attn", "none"):
+                time_constants[f"decay_time_constants_{name}"] = self.decay_time.get(name, 0.0)
         result = {
             **self.settings, **result,
             "steps": self.max_iters,
@@ -442,13 +458,16 @@ class Run:
             **time_constants,
             "processes": self.world_size,
             "trained_on": str(self.device),
+            "device_name": device_name(self.device),
+            "autocast": str(self.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
         }
         test = {name: x for name, x in result.items() if name.startswith("test_")}
         self.log(self.max_iters, **test)
         if self.master_process:
             save_json(os.path.join(self.out_dir, "result.json"), result)
-        self.print(f"{self.decay_time['attn']:.2f} decay time constants on attention, "
-                   f"{time_left(self.seconds)} of training; look at it: python analyze.py {self.out_dir}")
+        self.print(f"{attention:.2f} decay time constants on attention, {time_left(self.seconds)} of "
+                   f"training; next: python analyze.py {self.out_dir}")
         self.close()
 
     def close(self):

@@ -91,8 +91,8 @@ class RunLog:
     """out_dir/log.jsonl, one object a line, and wandb where --wandb_log asks for it."""
 
     def __init__(self, out_dir, keep_bytes, settings, wandb_id="", source="."):
-        """keep_bytes: the log's size when the checkpoint that is resumed was written. What came after it
-        will be logged again, so it is cut. wandb_id: of the wandb run to continue."""
+        """keep_bytes: the log's size when the checkpoint that is resumed was written. Later lines
+        will be logged again, so they are cut. wandb_id: of the wandb run to continue."""
         self.path = os.path.join(out_dir, "log.jsonl")
         self.wandb, self.wandb_id = None, ""
         if settings["wandb_log"]:

@@ -45,7 +45,7 @@ def check_settings(settings):
     if settings.get("eval_resize", math.inf) < settings.get("image_size", 0):
         raise UserError(f"--eval_resize={settings['eval_resize']} must be at least "
                         f"--image_size={settings['image_size']}, which is cut out of it")
-    if settings["compile"] != "auto" and spelled(settings["compile"]) is NotImplemented:
+    if str(settings["compile"]).lower() != "auto" and spelled(settings["compile"]) is NotImplemented:
         raise UserError(f"--compile={settings['compile']}: expects auto, true or false")
 
 

@@ -324,7 +324,7 @@ def main(names):
     if peer and not os.path.isfile(os.path.join(peer, "model.py")):
         raise UserError(f"--peer={peer} holds no model.py: expects a checkout of karpathy/nanoGPT")
     picked = pick_device(device)
-    compiles = picked.type == "cuda" if compile == "auto" else spelled(compile)
+    compiles = picked.type == "cuda" if compile.lower() == "auto" else spelled(compile)
     if compiles is NotImplemented:
         raise UserError(f"--compile={compile}: expects auto, true or false")
     setup = Setup(picked, pick_dtype(dtype, picked), compiles, repeats)

@@ -2,16 +2,22 @@
 nanorank.run on its own: how a batch is split, and who may use a run's folder.
 """
 import errno
+import json
 import os
+import socket
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import (
+    REPO,
     TINY,
     assert_same_weights,
     command,
+    environment,
     flags,
     logged,
     one_line_exit_2,
@@ -20,8 +26,10 @@ from conftest import (
     torchrun,
 )
 
+import model
 import nanorank.run
-from nanorank import device, run_settings
+import train_lm
+from nanorank import device, distributed, run_settings
 from nanorank.run import Run
 from nanorank.run_folder import lock_folder
 
@@ -118,6 +126,80 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch, cod
     assert lock_folder(str(tmp_path)) is None
 
 
+# ------------------------------------------------------- several nodes, launchers
+
+APART = """
+import os, sys
+sys.path.insert(0, {repo!r})
+import train_lm
+from configurator import configure
+from nanorank.distributed import exit_codes
+
+configure(vars(train_lm))
+train_lm.out_dir = train_lm.out_dir + os.environ["RANK"]  # nodes that do not share a disk
+with exit_codes("train_lm.py"):
+    train_lm.main()
+"""
+
+
+def test_nodes_that_would_train_apart_are_refused(train, tmp_path, data_dir):
+    """One process finds a checkpoint, the other none: without the check each would train its own model."""
+    script = tmp_path / "apart.py"
+    script.write_text(APART.format(repo=str(REPO)))
+    train(tmp_path / "run0", total_batch_size=4, batch_size=2, max_iters=4)
+    args = flags(**{**TINY, "data_dir": data_dir, "out_dir": tmp_path / "run", "init_from": "auto",
+                    "batch_size": 2, "max_iters": 4})
+    run = command(*torchrun(2), script, *args)
+    lines = [line for line in run.stderr.splitlines() if line.startswith("train_lm.py:")]
+    assert run.returncode == 1 and "processes differ in what they resume or read" in lines[0], run.stderr
+
+
+def test_a_launcher_that_sets_rank_and_world_size_alone(tmp_path, data_dir, monkeypatch):
+    """As MPI and some job systems do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    args = [sys.executable, "train_lm.py", *flags(**{**TINY, "data_dir": data_dir, "out_dir": tmp_path / "a",
+                                                     "batch_size": 2, "max_iters": 3})]
+    processes = []
+    for rank in (0, 1):
+        env = environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        processes.append(subprocess.Popen(args, cwd=REPO, env=env, stdout=subprocess.DEVNULL))
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert json.loads((tmp_path / "a" / "result.json").read_text())["processes"] == 2
+
+
+def test_several_processes_on_an_apple_gpu_are_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with refused("--device=cpu"):
+        distributed.init_process_group(torch.device("mps"))
+
+
+# ----------------------------------------------------------- a fork's own groups
+
+@pytest.mark.parametrize("ends", [
+    {"wte": ("wte.weight",), "rest": ("wpe.weight", "head.weight")},  # a group renamed and split
+    {"embed": ("wte.weight", "wpe.weight", "head.weight")},
+])
+def test_decay_groups_may_have_other_names(train, tmp_path, monkeypatch, ends):
+    """A fork that renames its groups trains, resumes and gets its time constants."""
+    kept = {name: model.GROUP_OF[name] for name in ("attn", "mlp")}
+
+    def groups(net, attn_wd, mlp_wd, embed_wd):
+        placed = {name: [] for name in (*kept, *ends, "none")}
+        for name, p in net.named_parameters():
+            homes = [group for group, tails in {**kept, **ends}.items() if name.endswith(tails)]
+            placed[homes[0] if p.ndim > 1 else "none"].append(p)
+        return [{"name": name, "params": params, "weight_decay": embed_wd} for name, params in placed.items()]
+
+    monkeypatch.setattr(train_lm, "decay_groups", groups)
+    train(tmp_path / "a", max_iters=4, eval_interval=2)
+    result = train(tmp_path / "a", max_iters=6, init_from="resume")
+    for name in ends:
+        assert result[f"decay_time_constants_{name}"] == pytest.approx(result["decay_time_constants"])
+
+
 # ------------------------------------------------------- device, compile, MFU
 
 def test_mfu_is_never_above_100_percent(train, tmp_path, monkeypatch, capsys):
@@ -160,7 +242,7 @@ def test_a_cpu_without_bfloat16_is_said_at_once(tmp_path, data_dir, monkeypatch)
     assert time.monotonic() - began < 60
 
 
-@pytest.mark.parametrize("spelling", [False, "OFF", "auto"])
+@pytest.mark.parametrize("spelling", [False, "OFF", "Auto"])
 def test_switched_off_nothing_is_compiled(train, tmp_path, monkeypatch, spelling):
     monkeypatch.setattr(torch, "compile", None)
     train(tmp_path / "a", compile=spelling, max_iters=2)
