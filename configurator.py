@@ -24,8 +24,14 @@ import re
 import sys
 import tokenize
 
-TRUE = ("true", "1", "yes", "on")
-FALSE = ("false", "0", "no", "off")
+# OpenMP's idle threads spin before they sleep, for milliseconds: two jobs on the same cores then spend most
+# of their time on that. Some microseconds do as well for a job alone. It stands here because every script
+# imports this file before torch, which reads it once. Results do not depend on it.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # times around a loop
+
+TRUE = ("true", "1", "yes", "on", "t", "y")  # in any case
+FALSE = ("false", "0", "no", "off", "f", "n")
 KINDS = {bool: "true or false", int: "an int", float: "a float", str: "a string"}
 ARITHMETIC = {
     ast.Add: operator.add,
@@ -146,11 +152,21 @@ def read_config(path):
         if i == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # the docstring
         value = literal(node.value) if is_assignment(node) else NotImplemented
+        if is_assignment(node) and isinstance(node.value, ast.Name):
+            value = spelled(node.value.id)  # false, yes
         if value is NotImplemented:
             line = source.splitlines()[node.lineno - 1].strip()
             raise UserError(f"{path}:{node.lineno}: a config file holds only lines `name = literal`, "
                             f"not `{line}`")
         yield node.targets[0].id, value, f"{path}:{node.lineno}"
+
+
+def spelled(value):
+    """The bool that a value spells (False, 0, "no", "OFF"), else NotImplemented."""
+    text = str(value).strip().lower()
+    if text in TRUE + FALSE:
+        return text in TRUE
+    return NotImplemented
 
 
 def known(name, defaults, where):
@@ -168,9 +184,9 @@ def value_of_flag(name, default, argv):
     "true" for a bare switch: a setting that is bool, or "auto" by default.
     """
     bare = not argv or argv[0].startswith("--")
-    if isinstance(default, bool) and (bare or argv[0].lower() not in TRUE + FALSE):
+    if isinstance(default, bool) and (bare or spelled(argv[0]) is NotImplemented):
         return "true"
-    if default == "auto" and bare:
+    if default == "auto" and (bare or argv[0].endswith(".py")):
         return "true"
     if bare:
         raise UserError(f"--{name} needs a value ({kind(default)})")
@@ -186,9 +202,7 @@ def parse(where, default, text):
     if isinstance(default, str):
         return text
     if isinstance(default, bool):
-        if text.lower() in TRUE + FALSE:
-            return text.lower() in TRUE
-        raise UserError(f"{where} expects {kind(default)}, got {text!r}")
+        return convert(where, default, text)
     try:
         value = literal(ast.parse(text.strip(), mode="eval").body)
         value = float(text) if value is NotImplemented else value  # inf
@@ -198,9 +212,14 @@ def parse(where, default, text):
 
 
 def convert(where, default, value):
-    """`value` in the type of `default`: an int for a float and 1e5 for an int are taken, nothing else."""
-    if default == "auto" and isinstance(value, bool):  # a switch that can also be auto
-        return str(value).lower()
+    """`value` in the type of `default`.
+
+    An int is taken for a float, 1e5 for an int, and any spelling of true and false for a switch.
+    """
+    if isinstance(default, bool) and spelled(value) is not NotImplemented:
+        return spelled(value)
+    if default == "auto" and type(value) in (bool, int) and value in (0, 1):
+        return str(value).lower()  # a switch that can also be auto
     if isinstance(default, float) and type(value) is int and abs(value) < 2**1000:
         return float(value)
     if type(default) is int and type(value) is float and value.is_integer():

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from nanorank.errors import UserError
 from nanorank.loss import head_loss
-from nanorank.optim import DecoupledSGD
+from nanorank.optim import DecoupledSGD, Muon
 from nanorank.restore import check_model_args, restore_model
 
 # ------------------------------------------------------------------ transformer
@@ -273,6 +273,7 @@ def decay_groups(model, attn_wd, mlp_wd, embed_wd):
             raise UserError(f"parameter {name} belongs to {len(found)} weight-decay groups: "
                             "give it one in model.GROUP_OF")
         groups[found[0]].append(p)
+        p.n_matrices = 3 if name.endswith("c_attn.weight") else 1  # Muon takes q, k and v each for itself
     placed = [id(p) for params in groups.values() for p in params]
     assert sorted(placed) == sorted({id(p) for p in model.parameters()}), "not a partition"
 
@@ -282,8 +283,7 @@ def decay_groups(model, attn_wd, mlp_wd, embed_wd):
 def make_optimizers(groups, name, lr, beta1, beta2, eps, momentum, device_type):
     """A list of torch optimizers over decay groups. name: adamw, adam (L2 in the gradient), sgd or muon.
 
-    muon: the blocks' matrices by Muon, its update scaled to AdamW's RMS so that lr means the same; the
-    rest by adamw.
+    muon: the blocks' matrices by Muon, scaled to AdamW's RMS so that lr means the same; the rest by adamw.
     """
     adam = dict(lr=lr, betas=(beta1, beta2), eps=eps, fused=device_type in ("cuda", "cpu") or None)
     if name == "adamw":
@@ -295,6 +295,6 @@ def make_optimizers(groups, name, lr, beta1, beta2, eps, momentum, device_type):
     if name == "muon":
         matrices = [group for group in groups if group["name"] in ("attn", "mlp")]
         rest = [group for group in groups if group["name"] not in ("attn", "mlp")]
-        muon = torch.optim.Muon(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        muon = Muon(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
         return [muon, torch.optim.AdamW(rest, **adam)]
     raise UserError(f"--optimizer={name}: expects adamw, adam, sgd or muon")

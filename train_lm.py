@@ -15,10 +15,10 @@ and saves; --init_from=resume goes on, to the bit on a CPU.
 import math
 import os
 
+from configurator import configure, current  # before torch: it sets how OpenMP's threads wait
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import configure, current
 from model import GPT, decay_groups, init_weights, load_gpt, make_optimizers
 from nanorank.distributed import all_sum, exit_codes
 from nanorank.errors import UserError

@@ -16,12 +16,12 @@ prepare_imagenet calls test: ImageNet's official 50,000 validation images.
 import math
 import os
 
+from configurator import configure, current  # before torch: it sets how OpenMP's threads wait
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import configure, current
 from model import ViT, decay_groups, init_weights, load_vit, make_optimizers, vit_size
 from nanorank.augment import flips, mix, rand_augment, random_crops, resize
 from nanorank.distributed import all_sum, exit_codes

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from nanorank.errors import UserError
+from nanorank.errors import UserError, one_line
 
 DTYPES = {
     "float32": torch.float32,
@@ -106,12 +106,50 @@ def peak_flops(device, dtype):
             if chip in name:
                 return peak, f"{name} data sheet, 16 bit dense"
 
-    n = 2048 if device.type == "cpu" else 8192
+    largest = 2048 if device.type == "cpu" else 8192
+    began = time.perf_counter()
+    n = 128
+    seconds = gemm_seconds(n, device, dtype)
+    # small products say little, but where the dtype is emulated a large one takes a minute
+    while n < largest and seconds < 0.05:
+        n *= 2
+        seconds = gemm_seconds(n, device, dtype)
+    # others may use the machine too: the best of several
+    for _ in range(5):
+        if time.perf_counter() - began < 1:
+            seconds = min(seconds, gemm_seconds(n, device, dtype))
+    return 2 * n**3 / seconds, f"{n} x {n} GEMM measured here"
+
+
+def gemm_seconds(n, device, dtype):
+    """Seconds that an n x n matrix product takes, the better of two: the first one starts libraries."""
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = math.inf
-    for _ in range(3):
+    for _ in range(2):
+        synchronize(device)
         start = time.perf_counter()
         a @ a
         synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best, f"{n} x {n} GEMM measured here"
+    return best
+
+
+def slow_dtype(device, dtype):
+    """How many times as long a product takes as in float32, where this CPU emulates the dtype; else 0."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return 0
+    n = 256
+    ratios = []
+    for _ in range(3):
+        ratios.append(gemm_seconds(n, device, dtype) / gemm_seconds(n, device, torch.float32))
+    slower = sorted(ratios)[1]  # the median: others may use the machine too
+    return slower if slower > 2 else 0
+
+
+def compile_error(device):
+    """Why torch.compile does not work on this machine, one line; empty where it does. Takes seconds."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # torch has a class for each tool that can be missing
+        return one_line(str(error).strip().partition("\n")[0], 200) or type(error).__name__
+    return ""

@@ -22,11 +22,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import TRUE
+from configurator import spelled
 from nanorank import distributed
 from nanorank.checkpoints import RUN_FILE
 from nanorank.console import StopSignal, print0, time_left
-from nanorank.device import device_name, peak_flops, pick_device, pick_dtype
+from nanorank.device import (
+    compile_error,
+    device_name,
+    peak_flops,
+    pick_device,
+    pick_dtype,
+    slow_dtype,
+)
 from nanorank.errors import UserError
 from nanorank.files import load_pt, save_json, save_pt
 from nanorank.restore import check_resumable, load_optimizers, saved_args
@@ -63,15 +70,18 @@ class Run:
         self.batch_size, self.grad_accum_steps = split_batch(settings, self.world_size)
         self.dtype = pick_dtype(settings["dtype"], self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        compile = settings["compile"].lower()
-        self.compile = compile in TRUE or (compile == "auto" and self.device.type == "cuda")
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+        slower = slow_dtype(self.device, self.dtype) if self.master_process else 0
+        if slower:
+            self.print(f"note: this CPU emulates {settings['dtype']}: a matrix product takes {slower:.0f} "
+                       "times as long as with --dtype=float32")
 
         if not settings["eval_only"]:
             self.take_folder()
         self.resume = self.should_resume()
         self.barrier()  # every process has looked before the first one writes
+        self.compile = self.should_compile()
 
         self.ckpt = None
         self.init_path = ""
@@ -90,6 +100,7 @@ class Run:
         self.log_file = None     # the master process has one
         # set by banner: a step sees per_step tokens (or images, the unit) and takes flops_per_step
         self.unit, self.per_step, self.flops_per_step, self.peak_flops = "", 0, 0, 0.0
+        self.peak_beaten = False  # by a step
         # since the last report: (step, loss, lr, grad norm), tensors still on the device; and its time
         self.pending = []
         self.clock = 0.0
@@ -106,6 +117,25 @@ class Run:
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.ddp = self.world_size > 1
         self.master_process = self.rank == 0
+
+    def should_compile(self):
+        """Whether to compile the model: as --compile says, auto on CUDA where torch.compile works.
+
+        Raises UserError where it was asked for and does not work.
+        """
+        auto = str(self.settings["compile"]).lower() == "auto"
+        wanted = self.device.type == "cuda" if auto else spelled(self.settings["compile"])
+        if not wanted:
+            return False
+        reason = compile_error(self.device)
+        if not distributed.all_sum(reason != "")[0]:  # the same on all processes
+            return True
+        reason = reason or "on another process"
+        if not auto:
+            raise UserError(f"--compile={self.settings['compile']}: torch.compile does not work here: "
+                            f"{reason}; --compile=False does without")
+        self.print(f"note: torch.compile does not work here, the model runs without: {reason}")
+        return False
 
     def barrier(self):
         if self.ddp:
@@ -260,7 +290,13 @@ class Run:
         loss, grad_norm = losses[-1], grad_norms[-1]
         steps_per_s = len(self.pending) / elapsed
         speed = steps_per_s * self.per_step
-        mfu = steps_per_s * self.flops_per_step / (self.peak_flops * self.world_size)
+        flops = steps_per_s * self.flops_per_step / self.world_size
+        if flops > self.peak_flops:  # which was measured while others used the machine
+            if not self.peak_beaten:
+                self.print(f"note: faster than {self.peak_flops / 1e12:.2f} TFLOP/s: from here on MFU is "
+                           "against the fastest steps")
+            self.peak_flops, self.peak_beaten = flops, True
+        mfu = flops / self.peak_flops
         remaining = time_left((self.max_iters - step - 1) / steps_per_s)
         self.log(step, train_loss=loss, lr=lr, grad_norm=grad_norm, **{f"{self.unit}_per_s": speed}, mfu=mfu)
         self.print(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.3f}, "

@@ -4,7 +4,7 @@ Settings that every trainer has: which values make sense, and which may change w
 import math
 import os
 
-from configurator import FALSE, TRUE
+from configurator import spelled
 from nanorank.errors import UserError
 
 # A resumed run is the same run. The first settings must not change at all. The second may always
@@ -45,7 +45,7 @@ def check_settings(settings):
     if settings.get("eval_resize", math.inf) < settings.get("image_size", 0):
         raise UserError(f"--eval_resize={settings['eval_resize']} must be at least "
                         f"--image_size={settings['image_size']}, which is cut out of it")
-    if settings["compile"].lower() not in ("auto", *TRUE, *FALSE):
+    if str(settings["compile"]).lower() != "auto" and spelled(settings["compile"]) is NotImplemented:
         raise UserError(f"--compile={settings['compile']}: expects auto, true or false")
 
 

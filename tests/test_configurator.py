@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from configurator import configure, current, read_config, script_settings
+from configurator import UserError, configure, convert, current, read_config, script_settings, spelled
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 SCRIPT = '''"""What it is for."""
@@ -49,12 +49,16 @@ def settings(tmp_path):
     (["--fast=true"], "fast", True),
     (["--fast", "false"], "fast", False),
     (["--fast=0"], "fast", False),
+    (["--fast=No"], "fast", False),
+    (["--fast", "OFF"], "fast", False),
+    (["--fast=y"], "fast", True),
     (["--out-dir=x y"], "out_dir", "x y"),
     (["--out_dir", "x"], "out_dir", "x"),
     (["--out_dir="], "out_dir", ""),
     (["--out_dir=3"], "out_dir", "3"),
     (["--device"], "device", "true"),
     (["--device", "cuda"], "device", "cuda"),
+    (["--device", "False"], "device", "False"),
 ])
 def test_flags(settings, argv, name, value):
     assert configure(settings, argv=argv) == []
@@ -75,6 +79,17 @@ def test_files_and_flags_apply_left_to_right(settings, tmp_path):
     assert (settings["steps"], settings["lr"]) == (8, 2.0)
     configure(settings, argv=["--steps=1", str(tmp_path / "a.py")])
     assert settings["steps"] == 6
+
+
+@pytest.mark.parametrize("text", ["False", "false", "FALSE", "0", "'no'", "'Off'", "no"])
+def test_config_files_spell_switches_as_flags_do(settings, tmp_path, text):
+    path = tmp_path / "config.py"
+    path.write_text(f"fast = {text}\ndevice = {text}\n")
+    settings["fast"] = True
+    configure(settings, argv=["--device", str(path)])  # a bare switch does not take the file as its value
+    assert settings["fast"] is False and spelled(settings["device"]) is False
+    with pytest.raises(UserError, match="a string"):
+        convert("out_dir", "out", spelled(text.strip("'")))
 
 
 def test_other_arguments_are_returned(settings):
@@ -124,7 +139,11 @@ def test_wrong_input_is_one_line_and_exit_2(settings, argv, words, capsys):
     ("stesp = 3", ["config.py:1", "did you mean steps"]),
     ("steps = 'x'", ["config.py:1", "an int"]),
     ("steps = None", ["an int"]),
-    ("fast = 1", ["true or false"]),
+    ("fast = 2", ["true or false"]),
+    ("fast = None", ["true or false"]),
+    ("fast = maybe", ["config.py:1", "fast = maybe"]),
+    ("steps = true", ["an int"]),
+    ("device = 2", ["a string"]),
     ("import os", ["config.py:1", "import os"]),
     ("steps = int(3)", ["config.py:1"]),
     ("steps: int = 3", ["config.py:1"]),

@@ -3,6 +3,9 @@ The shape of the repository: six scripts in the root, imports that point down, r
 """
 import ast
 import graphlib
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import REPO, script
@@ -81,3 +84,33 @@ def test_no_import_cycle():
 def test_trainers_import_no_tables_or_figures():
     code = "import sys, train_lm, train_vit; print({'matplotlib', 'pandas'} & set(sys.modules))"
     assert script("-c", code).stdout.strip() == "set()"
+
+
+WITNESS = """
+import importlib, os, sys
+
+class Witness:
+    def find_spec(name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            raise SystemExit
+
+sys.meta_path.insert(0, Witness)
+importlib.import_module(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("module", ["train_lm", "train_vit", "analyze", "scripts.bench", "scripts.sample",
+                                    "scripts.saturate", "scripts.theory"])
+def test_every_script_sets_how_threads_wait_before_torch_is_loaded(module):
+    env = {name: x for name, x in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+
+    def seen(**extra):
+        run = subprocess.run([sys.executable, "-c", WITNESS, module], cwd=REPO, env={**env, **extra},
+                             capture_output=True, text=True)
+        return run.stdout.strip()
+
+    assert seen() == "1000"
+    if module == "train_lm":  # what the user has set stays
+        assert seen(OMP_WAIT_POLICY="ACTIVE") == "None"
+        assert seen(GOMP_SPINCOUNT="7") == "7"

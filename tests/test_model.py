@@ -276,13 +276,49 @@ def test_muon_takes_the_blocks_and_adamw_the_rest():
     muon.step()
     for g in muon.param_groups:
         for p in g["params"]:
-            decayed = before[p] * (1 - lr * g["weight_decay"])
-            update = (decayed - p.detach()) / (lr * 0.2 * math.sqrt(max(p.shape)))
-            # Newton-Schulz leaves the gradient's singular vectors and values near 1
-            assert 0.5 < torch.linalg.svdvals(update).max() < 1.35
-            assert (update * p.grad).sum() > 0
+            change = before[p] * (1 - lr * g["weight_decay"]) - p.detach()
+            for update, grad in zip(change.chunk(p.n_matrices), p.grad.chunk(p.n_matrices)):
+                update = update / (lr * 0.2 * math.sqrt(max(update.shape)))
+                # Newton-Schulz leaves the gradient's singular vectors and values near 1
+                assert 0.5 < torch.linalg.svdvals(update).max() < 1.35
+                assert (update * grad).sum() > 0
     with pytest.raises(UserError, match="adamw, adam, sgd or muon"):
         make_optimizers(groups, "lion", lr, 0.9, 0.95, 1e-8, 0.9, "cpu")
+
+
+def test_muon_updates_q_k_and_v_as_torchs_does_each_matrix_alone():
+    """Five steps to the bit, in the middle of them a state dict saved and loaded."""
+    model = gpt(bias=False)
+    groups = decay_groups(model, 0.5, 0.25, 0.0)
+    muon, _ = make_optimizers(groups, "muon", 0.01, 0.9, 0.95, 1e-8, 0.9, "cpu")
+    alone = {}  # q, k and v of every layer, and the other matrices as they are
+    for name, p in model.named_parameters():
+        if name.endswith("c_attn.weight"):
+            alone[name] = [nn.Parameter(part.detach().clone()) for part in p.chunk(3)]
+        elif ".attn.c_proj" in name or ".mlp." in name:
+            alone[name] = [nn.Parameter(p.detach().clone())]
+    wd = {name: 0.5 if ".attn." in name else 0.25 for name in alone}
+    params = [{"params": alone[name], "weight_decay": wd[name]} for name in alone]
+    want = torch.optim.Muon(params, lr=0.01, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+
+    generator = torch.Generator().manual_seed(0)
+    for step in range(5):
+        for name, parts in alone.items():
+            grads = [torch.randn(part.shape, generator=generator) for part in parts]
+            grads = [grad * 10.0**i for i, grad in enumerate(grads)]  # those of v are the largest
+            model.get_parameter(name).grad = torch.cat(grads)
+            for part, grad in zip(parts, grads):
+                part.grad = grad
+        muon.step()
+        want.step()
+        for name, parts in alone.items():
+            assert torch.equal(model.get_parameter(name), torch.cat(parts)), (step, name)
+        if step == 2:
+            saved = muon.state_dict()
+            muon, _ = make_optimizers(groups, "muon", 0.01, 0.9, 0.95, 1e-8, 0.9, "cpu")
+            muon.load_state_dict(saved)
+    for p, state in muon.state.items():
+        assert state["momentum_buffer"].shape == p.shape
 
 
 @pytest.mark.slow

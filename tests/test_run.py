@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from conftest import (
     command,
     environment,
     flags,
+    logged,
     one_line_exit_2,
     refused,
     script,
@@ -24,8 +27,10 @@ from conftest import (
 )
 
 import model
+import nanorank.run
 import train_lm
-from nanorank import distributed, run_settings
+from nanorank import device, distributed, run_settings
+from nanorank.run import Run
 from nanorank.run_folder import lock_folder
 
 
@@ -193,3 +198,69 @@ def test_decay_groups_may_have_other_names(train, tmp_path, monkeypatch, ends):
     result = train(tmp_path / "a", max_iters=6, init_from="resume")
     for name in ends:
         assert result[f"decay_time_constants_{name}"] == pytest.approx(result["decay_time_constants"])
+
+
+# ------------------------------------------------------- device, compile, MFU
+
+def test_mfu_is_never_above_100_percent(train, tmp_path, monkeypatch, capsys):
+    """A peak of 1 FLOP/s, as if others had used the machine while it was measured."""
+    monkeypatch.setattr(nanorank.run, "peak_flops", lambda *_: (1.0, "measured at a busy moment"))
+    train(tmp_path / "a")
+    mfu = logged(tmp_path / "a", "mfu")
+    assert mfu[0] == 1 and 0 < min(mfu) and max(mfu) <= 1
+    assert capsys.readouterr().out.count("MFU is against the fastest steps") == 1
+
+
+def test_the_peak_is_the_best_of_several_timings(monkeypatch):
+    cpu = torch.device("cpu")
+    seconds = iter([1e-3, 2e-3, 4e-3, 8e-3, 0.09, 0.5, 0.3, 0.08, 0.2, 0.4])  # n = 128 to 2048, then again
+    monkeypatch.setattr(device, "gemm_seconds", lambda *_: next(seconds))
+    assert device.peak_flops(cpu, torch.float32) == (2 * 2048**3 / 0.08, "2048 x 2048 GEMM measured here")
+
+
+def test_an_emulated_dtype_costs_no_minutes(monkeypatch):
+    """bfloat16 without instructions: 0.3 GFLOP/s here, 57 s for one product of 2048."""
+    def emulated(n, _, dtype):
+        return 2 * n**3 / (0.3e9 if dtype == torch.bfloat16 else 100e9)
+
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(device, "gemm_seconds", emulated)
+    flops, source = device.peak_flops(cpu, torch.bfloat16)
+    assert flops == pytest.approx(0.3e9) and source.startswith("256 x 256")
+    assert device.slow_dtype(cpu, torch.bfloat16) == pytest.approx(333, rel=0.01)
+    assert device.slow_dtype(cpu, torch.float32) == 0
+
+
+def test_a_cpu_without_bfloat16_is_said_at_once(tmp_path, data_dir, monkeypatch):
+    """oneDNN is told that the CPU has no more than AVX2: then bfloat16 is emulated."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    args = flags(**{**TINY, "data_dir": data_dir, "out_dir": tmp_path / "a", "max_iters": 2})
+    began = time.monotonic()
+    run = script("train_lm.py", "--dtype=bfloat16", *args)
+    assert run.returncode == 0, run.stderr
+    assert "note: this CPU emulates bfloat16" in run.stdout.splitlines()[0]
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("spelling", [False, "OFF", "Auto"])
+def test_switched_off_nothing_is_compiled(train, tmp_path, monkeypatch, spelling):
+    monkeypatch.setattr(torch, "compile", None)
+    train(tmp_path / "a", compile=spelling, max_iters=2)
+
+
+def test_without_a_compiler_compile_is_one_line(tmp_path, data_dir, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    args = flags(**{**TINY, "data_dir": data_dir, "out_dir": tmp_path / "a", "compile": True})
+    run = script("train_lm.py", *args)
+    one_line_exit_2(run, "--compile=True", "No working C++ compiler", "--compile=False does without")
+
+
+def test_auto_does_without_a_compiler_and_says_so(monkeypatch, capsys):
+    run = SimpleNamespace(settings={"compile": "auto"}, device=torch.device("cuda"), print=print)
+    monkeypatch.setattr(nanorank.run, "compile_error", lambda _: "no compiler")
+    assert Run.should_compile(run) is False
+    assert "the model runs without: no compiler" in capsys.readouterr().out
+    monkeypatch.setattr(nanorank.run, "compile_error", lambda _: "")
+    assert Run.should_compile(run) is True
