@@ -33,7 +33,7 @@ from typing import NamedTuple
 from configurator import configure, current, known, parse, script_settings
 from nanorank.console import StopSignal, time_left
 from nanorank.errors import UserError, user_errors
-from nanorank.run_settings import FREE_ON_RESUME
+from nanorank.run_settings import FREE_ON_RESUME, TENTH
 from nanorank.sweep_tables import as_text, collect, report
 from nanorank.tables import write_csv
 
@@ -219,6 +219,8 @@ def finished(cell):
         # a checkpoint has its own shape, and 0 stands for what the trainer makes of it
         is_zero = type(value) is int and value == 0
         if name in SHAPE and (cell.from_checkpoint or is_zero):
+            continue
+        if name == "min_lr" and value == TENTH:
             continue
         differ.append(f"{name} was {result.get(name)}, is {value}")
     if differ:
