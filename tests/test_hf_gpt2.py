@@ -98,7 +98,7 @@ def test_training_goes_on_from_it(tmp_path, data_dir):
     gpt2().save_pretrained(tmp_path / "hf")
     settings = {name: x for name, x in TINY.items() if name not in ("n_layer", "n_head", "n_embd")}
     settings = {**settings, "data_dir": data_dir, "out_dir": tmp_path / "run", "init_from": tmp_path / "hf"}
-    run = script("train_lm.py", *flags(**settings, max_iters=2))
+    run = script("train_lm.py", *flags(**{**settings, "max_iters": 2}))
     assert run.returncode == 0, run.stderr
     assert "n_layer=2" in run.stdout and "bias=True" in run.stdout and "n_layer=12" not in run.stdout
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -106,7 +106,7 @@ def test_training_goes_on_from_it(tmp_path, data_dir):
     for found in (result, ckpt["config"]):
         assert (found["n_layer"], found["n_head"], found["n_embd"], found["bias"]) == (2, 2, 32, True)
     assert ckpt["model"]["transformer.h.0.attn.c_attn.weight"].shape == (96, 32)
-    again = script("train_lm.py", *flags(**{**settings, "init_from": "resume"}, max_iters=4))
+    again = script("train_lm.py", *flags(**{**settings, "init_from": "resume", "max_iters": 4}))
     assert again.returncode == 0, again.stderr
     assert load(tmp_path / "run" / "ckpt.pt")["iter_num"] == 4
 
