@@ -21,6 +21,7 @@ import io
 import operator
 import os
 import re
+import signal
 import sys
 import time
 import tokenize
@@ -155,7 +156,8 @@ def speak(message):
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(message, file=sys.stderr, flush=True)
     else:
-        time.sleep(10)  # torchrun's SIGTERM ends it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's ends the wait
+        time.sleep(10)
 
 
 def one_line(error, most=1000):
