@@ -21,7 +21,9 @@ import io
 import operator
 import os
 import re
+import signal
 import sys
+import time
 import tokenize
 
 # OpenMP's idle threads spin before they sleep, for milliseconds: two jobs on the same cores then spend most
@@ -41,6 +43,69 @@ ARITHMETIC = {
     ast.FloorDiv: operator.floordiv,
 }
 
+GIVEN = {}  # {script: names of the settings that its config files and flags gave}
+
+# names that nanoGPT, Hugging Face's Trainer, timm and others use: what our trainers have instead
+ANSWERS = {
+    "lr max_lr peak_lr base_lr": "the peak is --learning_rate",
+    "lr_min end_lr final_lr": "the cosine ends at --min_lr",
+    "weight_decay wd decay": "it is by group: --attn_wd, --mlp_wd, --embed_wd",
+    "decay_lr lr_decay_iters lr_decay_steps lr_scheduler lr_scheduler_type lr_schedule "
+    "scheduler sched":
+        "a cosine ends at --min_lr and --max_iters; --min_lr equal to --learning_rate keeps it constant",
+    "warmup warmup_steps warmup_ratio warmup_epochs num_warmup_steps":
+        "--warmup_iters is in optimizer steps",
+    "epochs epoch num_epochs n_epochs num_train_epochs max_epochs max_steps num_steps n_steps "
+    "steps total_steps train_steps num_iterations num_iters n_iters iters iterations":
+        "--max_iters is in optimizer steps",
+    "gradient_accumulation_steps grad_accum_steps grad_accum accum_steps "
+    "accumulate_grad_batches":
+        "it follows: --total_batch_size is that of a step, --batch_size the most a process takes at once",
+    "bs per_device_train_batch_size train_batch_size device_batch_size micro_batch_size "
+    "global_batch_size":
+        "--total_batch_size is that of a step, --batch_size the most that a process takes at once",
+    "always_save_checkpoint save_interval save_steps save_every save_freq save_strategy "
+    "checkpoint_interval":
+        "ckpt.pt is saved at each --eval_interval; --snapshot_steps keeps step_*.pt",
+    "eval_steps eval_every eval_freq eval_strategy evaluation_strategy val_interval val_every":
+        "--eval_interval is in optimizer steps",
+    "logging_steps log_every log_freq print_every":
+        "--log_interval is in optimizer steps",
+    "save_total_limit": "--snapshot_steps says which steps are kept",
+    "resume resume_from resume_from_checkpoint":
+        "--init_from=resume goes on with the run in --out_dir",
+    "ckpt checkpoint ckpt_path checkpoint_path load load_from pretrained model_name "
+    "model_name_or_path":
+        "--init_from=PATH starts from a checkpoint",
+    "output_dir output save_dir log_dir logging_dir run_dir":
+        "the folder of the run is --out_dir",
+    "overwrite_output_dir": "--overwrite starts over in --out_dir",
+    "do_eval eval evaluate": "--eval_only evaluates and ends",
+    "wandb use_wandb report_to": "--wandb_log turns it on",
+    "wandb_run wandb_name run_name": "it is --wandb_run_name",
+    "backend ddp local_rank world_size num_processes nproc_per_node num_gpus n_gpus gpus "
+    "devices deepspeed fsdp":
+        "torchrun's nproc_per_node sets how many processes run, --device is cpu, cuda or mps",
+    "no_cuda use_cpu cpu cuda gpu": "it is --device=cpu or --device=cuda",
+    "fp16 bf16 amp mixed_precision precision":
+        "it is --dtype=float16, bfloat16 or float32",
+    "torch_compile": "it is --compile",
+    "opt optim": "it is --optimizer",
+    "adam_beta1 adam_beta2 betas": "they are --beta1 and --beta2",
+    "adam_epsilon epsilon": "it is --eps",
+    "max_grad_norm gradient_clip_val clip_grad clip_norm clip": "it is --grad_clip",
+    "data data_path train_file dataset_name dataset_path":
+        "the data are the folder --data_dir/--dataset",
+    "layers n_layers num_layers num_hidden_layers depth": "it is --n_layer",
+    "heads n_heads num_heads num_attention_heads": "it is --n_head",
+    "d_model dim hidden_size embed_dim n_embed": "it is --n_embd",
+    "seq_len seq_length max_seq_len max_seq_length max_length context context_length n_ctx":
+        "it is --block_size",
+    "img_size input_size resolution": "it is --image_size",
+    "model arch": "its size is --n_layer, --n_head and --n_embd",
+    "workers num_workers dataloader_num_workers": "none are needed",
+}
+
 
 class UserError(ValueError):
     """A user's mistake, and the fix. Scripts print it as one line and exit with status 2."""
@@ -55,6 +120,7 @@ def configure(settings, positional="", argv=None):
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     defaults = script_settings(settings)
+    given = GIVEN.setdefault(settings["__file__"], set())
     others = []
     try:
         while argv:
@@ -71,19 +137,33 @@ def configure(settings, positional="", argv=None):
                 if not equals:
                     text = value_of_flag(name, defaults[name], argv)
                 settings[name] = parse(f"--{name}", defaults[name], text)
+                given.add(name)
             elif arg.endswith(".py"):
                 for name, value, where in read_config(arg):
                     name = known(name, defaults, f"{where}: {name}")
                     settings[name] = convert(f"{where}: {name}", defaults[name], value)
+                    given.add(name)
             else:
                 others.append(arg)
         if others and not positional:
             raise UserError(f"unexpected argument {others[0]!r}: settings are --name=value, "
                             "config files end in .py")
     except UserError as error:
-        print(f"{os.path.basename(settings['__file__'])}: {one_line(error)}", file=sys.stderr)
+        speak(f"{os.path.basename(settings['__file__'])}: {one_line(error)}")
         raise SystemExit(2) from None
     return others
+
+
+def speak(message):
+    """Prints an error that all processes have alike: torchrun's first process on each machine speaks.
+
+    The others wait for it, since torchrun ends all processes as soon as one has failed.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(message, file=sys.stderr, flush=True)
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's ends the wait
+        time.sleep(10)
 
 
 def one_line(error, most=1000):
@@ -95,6 +175,16 @@ def one_line(error, most=1000):
 def current(settings):
     """The settings of a script as they are now, {name: value}: what a run prints, logs and stores."""
     return {name: settings[name] for name in script_settings(settings)}
+
+
+def chosen(script, settings):
+    """Names of the settings that somebody chose: in a config file, by a flag, or by setting a global."""
+    defaults = script_settings({"__file__": script})
+    names = set(GIVEN.get(script, ()))
+    for name, value in settings.items():
+        if value != defaults.get(name):
+            names.add(name)
+    return names
 
 
 def script_settings(settings):
@@ -170,11 +260,16 @@ def spelled(value):
 
 
 def known(name, defaults, where):
-    """The name, if it is a setting; else a UserError with the nearest one."""
+    """The name, if it is a setting; else a UserError with what a trainer has instead, or the nearest one."""
     if name in defaults:
         return name
-    near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.7)
     advice = f"did you mean {near[0]}?" if near else "--help lists them all"
+    if "attn_wd" in defaults:  # a trainer
+        for names, answer in ANSWERS.items():
+            there = all(setting in defaults for setting in re.findall(r"--(\w+)", answer))
+            if name in names.split() and there:
+                advice = answer
     raise UserError(f"unknown setting {where}; {advice}")
 
 

@@ -25,6 +25,7 @@ from nanorank.errors import UserError
 from nanorank.flops import flops_per_token
 from nanorank.run import Run
 from nanorank.run_folder import make_data
+from nanorank.run_settings import lr_end
 from nanorank.tasks import TASKS, TaskSplit
 from nanorank.tokens import TokenSplit, held_out, open_splits, prefetch
 from nanorank.watch import attention_ranks, group_norms
@@ -32,7 +33,8 @@ from nanorank.watch import attention_ranks, group_norms
 # -----------------------------------------------------------------------------
 # run
 out_dir = "out/lm"              # folder of the run
-init_from = "scratch"           # scratch, resume, auto (resume if there is a ckpt.pt), or PATH (weights)
+init_from = "scratch"           # scratch, resume, auto (resume if there is a ckpt.pt), or PATH (weights:
+                                # ckpt.pt, run folder, GPT-2 of Hugging Face: openai-community/gpt2)
 overwrite = False               # let scratch start over in an out_dir that holds a run
 eval_only = False               # evaluate whole val and test splits, write eval.json, end
 seed = 1337                     # of initialisation, data order and dropout
@@ -63,7 +65,7 @@ embed_wd = 0.1                  # embeddings and head; ours, as nanoGPT decays a
 optimizer = "adamw"             # adamw, adam (L2 in the gradient), sgd, muon; paper: adamw
 learning_rate = 1e-3            # peak; paper: 1e-3
 warmup_lr = 1e-6                # where warm-up starts; paper: 1e-6
-min_lr = 1e-4                   # where the cosine ends; paper: 10 % of the peak
+min_lr = -1.0                   # where the cosine ends, -1: a tenth of the peak; paper: 10 % of the peak
 warmup_iters = 8000             # steps of linear warm-up; paper: 8000
 max_iters = 100_000             # steps in all; ours (9.7e9 tokens)
 beta1 = 0.9                     # paper: 0.9
@@ -113,13 +115,14 @@ def train_batches(split, run, start):
     return prefetch(read, keys, run.device)
 
 
-def get_lr(step):
-    """Learning rate: linear warm-up from warmup_lr, then cosine to min_lr at max_iters."""
+def get_lr(step, end=None):
+    """Learning rate: linear warm-up from warmup_lr, then cosine at max_iters to `end`, None: min_lr's."""
     if step < warmup_iters:
         return warmup_lr + (learning_rate - warmup_lr) * step / warmup_iters
     decay_ratio = min(1, (step - warmup_iters) / max(1, max_iters - warmup_iters))
     coeff = 1 + math.cos(math.pi * decay_ratio)  # from 2 to 0
-    return min_lr + (learning_rate - min_lr) * coeff / 2
+    end = lr_end(learning_rate, min_lr) if end is None else end
+    return end + (learning_rate - end) * coeff / 2
 
 
 @torch.no_grad()
@@ -177,6 +180,7 @@ def main():
     tokenizer_size = data["train"].meta["vocab_size"]
     if run.ckpt:
         model = load_gpt(run.ckpt, dropout, run.init_path)
+        run.take_shape(model.args)               # into the settings
     else:
         padded_size = vocab_size or 64 * math.ceil(tokenizer_size / 64)
         model = GPT(padded_size, block_size, n_layer, n_head, n_embd, dropout, bias, tied, mlp, post_norm)
@@ -203,7 +207,8 @@ def main():
     flops_per_step = tokens_per_step * flops_per_token(model, block_size)
     epochs = max_iters * total_batch_size / data["train"].n_windows
     run.print(f"data: {data['train'].n_tokens:,} train tokens, {epochs:.2f} epochs")
-    run.banner(groups, get_lr, start, "tokens", tokens_per_step, flops_per_step)
+    run.banner(groups, lambda step: get_lr(step, run.lr_end), start, "tokens", tokens_per_step,
+               flops_per_step)
     batches = train_batches(data["train"], run, start)
 
     for step in range(start, max_iters + 1):
@@ -252,7 +257,7 @@ def main():
             train_loss += loss.detach()
 
         # clip and step
-        lr = get_lr(step)
+        lr = get_lr(step, run.lr_end)
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr

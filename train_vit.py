@@ -31,6 +31,7 @@ from nanorank.images import ImageSplit, centre_crops, mean_and_std
 from nanorank.rng import shuffled
 from nanorank.run import Run
 from nanorank.run_folder import make_data
+from nanorank.run_settings import lr_end
 from nanorank.tokens import held_out, open_splits, prefetch
 from nanorank.watch import attention_ranks, group_norms
 
@@ -80,7 +81,7 @@ embed_wd = 0.1                  # patch projection, learned positions and head; 
 optimizer = "adamw"             # adamw, adam (L2 in the gradient), sgd, muon; Beyer: adamw
 learning_rate = 1e-3            # peak; Beyer: 1e-3
 warmup_lr = 0.0                 # where warm-up starts; Beyer: 0
-min_lr = 0.0                    # where the cosine ends; Beyer: 0
+min_lr = 0.0                    # where the cosine ends, -1: a tenth of the peak; Beyer: 0
 warmup_iters = 10_000           # steps of linear warm-up; Beyer: 10,000
 epochs = 90.0                   # passes over the training images; Beyer: 90
 max_iters = 0                   # steps in all, 0: as many as epochs asks for
@@ -112,10 +113,7 @@ def open_data(run):
 
 
 def sample_numbers(step, micro_step, run):
-    """Numbers (B,) of a micro-step's samples in the endless training stream.
-
-    All that is random about a sample follows from its number: the same on any number of processes.
-    """
+    """Numbers (B,) of a micro-step's samples in the endless stream: all that is random follows from them."""
     first = step * total_batch_size + (micro_step * run.world_size + run.rank) * run.batch_size
     return np.arange(first, first + run.batch_size)
 
@@ -155,13 +153,14 @@ def augment(pixels, sizes, labels, numbers, meta):
     return mix(to_float(x, meta), labels, len(meta["classes"]), seed, numbers, mixup, cutmix)
 
 
-def get_lr(step, n_steps):
-    """Learning rate: linear warm-up from warmup_lr, then cosine to min_lr at n_steps."""
+def get_lr(step, n_steps, end=None):
+    """Learning rate: linear warm-up from warmup_lr, then cosine at n_steps to `end`, None: min_lr's."""
     if step < warmup_iters:
         return warmup_lr + (learning_rate - warmup_lr) * step / warmup_iters
     decay_ratio = min(1, (step - warmup_iters) / max(1, n_steps - warmup_iters))
     coeff = 1 + math.cos(math.pi * decay_ratio)  # from 2 to 0
-    return min_lr + (learning_rate - min_lr) * coeff / 2
+    end = lr_end(learning_rate, min_lr) if end is None else end
+    return end + (learning_rate - end) * coeff / 2
 
 
 @torch.no_grad()
@@ -225,10 +224,11 @@ def main():
     run.check_resume(data["train"].fingerprint(), n_steps)
 
     # model: from scratch, or from a checkpoint (resume, or --init_from=PATH)
+    shape = vit_size(variant)
     if run.ckpt:
         model = load_vit(run.ckpt, image_size, dropout, drop_path, run.init_path)
+        run.take_shape(model.args, shape)        # into the settings
     else:
-        shape = vit_size(variant)
         flags = dict(patch_size=patch_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         shape.update({name: value for name, value in flags.items() if value})
         model = ViT(len(meta["classes"]), image_size, dropout=dropout, drop_path=drop_path, bias=bias,
@@ -253,8 +253,8 @@ def main():
 
     counts = ", ".join(f"{split.n_images:,} {name}" for name, split in data.items())
     run.print(f"data: {counts} images; {n_steps * total_batch_size / n_train:.2f} epochs")
-    flops_per_step = total_batch_size * flops_per_image(model)
-    run.banner(groups, lambda step: get_lr(step, n_steps), start, "images", total_batch_size, flops_per_step)
+    run.banner(groups, lambda step: get_lr(step, n_steps, run.lr_end), start, "images", total_batch_size,
+               total_batch_size * flops_per_image(model))
     batches = train_batches(data["train"], run, start, n_steps)
 
     for step in range(start, n_steps + 1):
@@ -306,7 +306,7 @@ def main():
             train_loss += loss.detach()
 
         # clip and step
-        lr = get_lr(step, n_steps)
+        lr = get_lr(step, n_steps, run.lr_end)
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr

@@ -42,7 +42,8 @@ def locate(path):
     elif is_hub_id and not os.path.exists(path):
         return from_hub(base, revision)
     if not os.path.exists(path):
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder; a model of the Hugging Face hub is OWNER/NAME, "
+                        "such as openai-community/gpt2")
 
     if os.path.isdir(path):
         folder = path

@@ -10,6 +10,7 @@ import zlib
 import torch
 import torch.distributed as dist
 
+from configurator import speak
 from nanorank.errors import UserError, is_disk_error, one_line
 
 
@@ -81,8 +82,10 @@ def exit_codes(script):
         message, code = explain(error)
         if not message:
             raise
-        if training or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if training:
             print(f"{script}: {message}", file=sys.stderr)
+        else:
+            speak(f"{script}: {message}")
 
     sys.stdout.flush()
     sys.stderr.flush()

@@ -166,7 +166,10 @@ def check_resumable(ckpt, path, script):
     """Raises UserError where a checkpoint lacks something that exact resume needs."""
     if "data" not in ckpt:
         raise UserError(f"{path} is not {script}'s: --init_from={path} takes its weights into a new run")
-    for name, check in RESUMABLE.items():
+    checks = dict(RESUMABLE)
+    if "overruled" in ckpt:  # of a run that began with --init_from=PATH
+        checks["overruled"] = is_settings
+    for name, check in checks.items():
         if name not in ckpt or not check(ckpt[name]):
             value = str(ckpt.get(name, "missing"))[:50]
             raise UserError(f"{path} is damaged, its {name} is {value}: --init_from={path} takes its weights "

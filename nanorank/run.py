@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import spelled
+from configurator import chosen, spelled
 from nanorank import distributed
 from nanorank.checkpoints import RUN_FILE
 from nanorank.console import StopSignal, print0, time_left
@@ -36,10 +36,18 @@ from nanorank.device import (
 )
 from nanorank.errors import UserError
 from nanorank.files import load_pt, save_json, save_pt
+from nanorank.hf_gpt2 import open_init
 from nanorank.restore import check_resumable, load_optimizers, saved_args
 from nanorank.rng import hash64
 from nanorank.run_folder import RunLog, copy_source, lock_folder, remove_leftovers, unlock_folder
-from nanorank.run_settings import check_same_run, check_settings, ckpt_path, parse_steps, split_batch
+from nanorank.run_settings import (
+    check_same_run,
+    check_settings,
+    lr_end_of_run,
+    overruled_by,
+    parse_steps,
+    split_batch,
+)
 
 # float16's gradient scale starts at 65536 and halves with each skipped step: 30 in a row is hopeless
 LEAST_SCALE = 1e-4
@@ -52,7 +60,7 @@ class Run:
     device, dtype, compile                   what the model runs on
     batch_size, grad_accum_steps             of a micro-step on this process; micro-steps a step
     ckpt, init_path, resume                  dict to start from (None: scratch), its file, whether to resume
-    snapshot_steps, max_iters                set by check_resume
+    snapshot_steps, max_iters, lr_end        set by check_resume; lr_end: where the cosine ends
 
     Raises UserError where settings, flags or the folder do not allow what is asked.
     """
@@ -60,6 +68,7 @@ class Run:
     def __init__(self, script, settings):
         self.script = os.path.basename(script)
         self.settings = settings
+        self.chosen = chosen(script, settings)
         self.out_dir = settings["out_dir"]
         self.ckpt_path = os.path.join(self.out_dir, "ckpt.pt")
         self.signal = StopSignal()
@@ -85,14 +94,17 @@ class Run:
 
         self.ckpt = None
         self.init_path = ""
-        if self.resume or settings["init_from"] not in ("scratch", "auto"):
-            self.init_path = self.ckpt_path if self.resume else ckpt_path(settings["init_from"])
-            self.ckpt = load_pt(self.init_path)
+        if self.resume:
+            self.init_path, self.ckpt = self.ckpt_path, load_pt(self.ckpt_path)
+        elif settings["init_from"] not in ("scratch", "auto"):
+            self.init_path, self.ckpt = open_init(settings["init_from"])
 
         # set by check_resume
         self.fingerprint = ""    # of the training data
         self.max_iters = 0
         self.snapshot_steps = set()
+        self.lr_end = 0.0
+        self.overruled = {}      # {setting: what was asked}, where the model of --init_from=PATH is otherwise
         # set by restore
         self.weight_decay = {}   # of each group
         self.decay_time = {}     # of each group: sum of lr * weight decay so far, in decay time constants
@@ -206,13 +218,39 @@ class Run:
         self.max_iters = max_iters
         self.snapshot_steps = parse_steps(self.settings["snapshot_steps"], max_iters)
         # nodes that do not share out_dir or data_dir each find their own: without this they would train apart
-        start = self.ckpt.get("iter_num", 0) if self.resume else "none"
-        distributed.check_alike(f"step {start} of ckpt.pt, data {fingerprint}", "what they resume or read")
-        if self.resume and not self.settings["eval_only"]:
+        at = self.ckpt.get("iter_num", 0) if self.resume else "none"
+        distributed.check_alike(f"step {at} of ckpt.pt, data {fingerprint}", "what they resume or read")
+        resume = self.resume and not self.settings["eval_only"]
+        if resume:
             check_resumable(self.ckpt, self.ckpt_path, self.script)
+            self.overruled = self.ckpt.get("overruled", {})
+        self.lr_end = lr_end_of_run(self.settings, self.chosen, self.ckpt["config"] if resume else {})
+        self.settings["min_lr"] = self.lr_end
+        if resume:
             changes = check_same_run(self.ckpt, self.ckpt_path, self.settings, fingerprint, max_iters)
             if changes:
                 self.print(f"resumed with other settings: {'; '.join(changes)}")
+
+    def take_shape(self, args, sizes=None):
+        """Notes in the settings what the checkpoint's model has otherwise. args: the model's.
+
+        sizes: a ViT variant's. Raises UserError where somebody has asked for another model.
+        """
+        if not self.ckpt:
+            return
+        resume = self.resume and not self.settings["eval_only"]  # its settings are checked by now
+        chosen = () if resume else self.chosen
+        overruled = overruled_by(args, self.init_path, self.settings, chosen, sizes or {})
+        for name, value in overruled.items():
+            asked = self.settings[name]
+            auto = type(asked) is int and asked == 0
+            if resume and auto and name not in self.overruled:
+                continue
+            self.overruled.setdefault(name, asked)
+            self.settings[name] = value
+        if overruled and not resume:
+            shape = ", ".join(f"{name}={value}" for name, value in overruled.items())
+            self.print(f"the model is that of {self.init_path}: {shape}")
 
     def restore(self, optimizers):
         """Takes up optimizers, log and counts of the run. Returns (first step, best validation loss)."""
@@ -376,7 +414,7 @@ class Run:
             # later lines will be logged again by a run that resumes here
             self.log_bytes = self.log_file.size()
         states = [opt.state_dict() for opt in optimizers]
-        save_pt(self.ckpt_path, {
+        ckpt = {
             "model": model.state_dict(),
             "optimizer": states if len(states) > 1 else states[0],
             "model_args": saved_args(model.args),
@@ -390,7 +428,10 @@ class Run:
             "log_bytes": self.log_bytes,
             "wandb_id": self.log_file.wandb_id,
             "data": self.fingerprint,
-        })
+        }
+        if self.overruled:
+            ckpt["overruled"] = self.overruled
+        save_pt(self.ckpt_path, ckpt)
 
     def save_weights(self, step, model):
         """Writes a snapshot of the weights alone, step_0001000.pt."""

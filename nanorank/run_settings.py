@@ -2,10 +2,11 @@
 Settings that every trainer has: which values make sense, and which may change when a run is resumed.
 """
 import math
-import os
 
 from configurator import spelled
 from nanorank.errors import UserError
+
+TENTH = -1  # min_lr: a tenth of the peak
 
 # A resumed run is the same run. The first settings must not change at all. The second may always
 # change. Any other changes only where --init_from=resume asks for it.
@@ -19,6 +20,8 @@ FREE_ON_RESUME = (
     "log_interval", "eval_interval", "eval_iters", "rank_interval", "snapshot_steps",
     "wandb_log", "wandb_project", "wandb_run_name",
 )
+# a run may have these otherwise than the model that it starts from
+NOT_SHAPE = ("block_size", "image_size", "dropout", "drop_path")
 # the smallest and the largest value of train_vit's augmentation
 RANGES = {
     "crop_area": (1e-9, 1), "crop_ratio": (1, 100), "flip": (0, 1), "randaug_magnitude": (0, 10),
@@ -29,7 +32,7 @@ def check_settings(settings):
     """Raises UserError that names the setting, its value and the fix, for settings that every trainer has."""
     for name, value in settings.items():
         number = isinstance(value, (int, float))
-        if number and value < 0:
+        if number and value < 0 and (name, value) != ("min_lr", TENTH):
             raise UserError(f"--{name}={value} must not be negative")
         if number and value == math.inf:
             raise UserError(f"--{name}={value} must be finite")
@@ -45,8 +48,30 @@ def check_settings(settings):
     if settings.get("eval_resize", math.inf) < settings.get("image_size", 0):
         raise UserError(f"--eval_resize={settings['eval_resize']} must be at least "
                         f"--image_size={settings['image_size']}, which is cut out of it")
+    peak = settings["learning_rate"]
+    if settings["min_lr"] > peak:
+        raise UserError(f"--min_lr={settings['min_lr']} is above --learning_rate={peak}, the peak: lower it, "
+                        f"or give --min_lr={TENTH} for a tenth of the peak")
+    if settings["warmup_lr"] > peak and settings["warmup_iters"]:
+        raise UserError(f"--warmup_lr={settings['warmup_lr']} is above --learning_rate={peak}, the peak: "
+                        "lower it, or give --warmup_iters=0")
     if str(settings["compile"]).lower() != "auto" and spelled(settings["compile"]) is NotImplemented:
         raise UserError(f"--compile={settings['compile']}: expects auto, true or false")
+
+
+def lr_end(learning_rate, min_lr):
+    """Where the cosine ends: min_lr, where -1 stands for a tenth of the peak."""
+    return learning_rate / 10 if min_lr == TENTH else min_lr
+
+
+def lr_end_of_run(settings, chosen, old):
+    """Where the cosine of a run ends. A resumed run whose peak is the same and whose min_lr nobody has chosen
+    now ends where it was to end; old: its settings, {} for a new run."""
+    end = old.get("min_lr")
+    same = "min_lr" not in chosen and old.get("learning_rate") == settings["learning_rate"]
+    if same and type(end) is float and 0 <= end < math.inf:
+        return end
+    return lr_end(settings["learning_rate"], settings["min_lr"])
 
 
 def split_batch(settings, world_size):
@@ -75,10 +100,13 @@ def check_same_run(ckpt, path, new, fingerprint, max_iters):
     fingerprint: of the training data. Returns the changes that are allowed, as text.
     """
     old = ckpt["config"]
+    overruled = ckpt.get("overruled", {})
     refused, allowed = {}, []
     for name in new:
-        # a setting that the old run did not know is no change
-        if name in FREE_ON_RESUME or name not in old or old[name] == new[name]:
+        # a setting that the old run did not know is no change, nor is one that its model has overruled
+        if name in FREE_ON_RESUME or name not in old:
+            continue
+        if new[name] == old[name] or (name in overruled and new[name] == overruled[name]):
             continue
         change = f"{name} was {old[name]}, is {new[name]}"
         if name not in SAME_ON_RESUME and new["init_from"] == "resume":
@@ -86,24 +114,47 @@ def check_same_run(ckpt, path, new, fingerprint, max_iters):
         else:
             refused[name] = change
 
+    if ckpt["iter_num"] > max_iters:
+        by = f"--max_iters={max_iters}"
+        if "epochs" in new and not new["max_iters"]:
+            by = f"--epochs={new['epochs']} ({max_iters} steps)"
+        raise UserError(f"{path} is at step {ckpt['iter_num']}, beyond {by}: raise that, or begin another "
+                        f"run with --init_from={path} and an --out_dir of its own")
     reasons = list(refused.values())
     if ckpt["data"] != fingerprint:
         reasons.append("the data on disk is not what it was trained on")
-    if ckpt["iter_num"] > max_iters:
-        reasons.append(f"it is at step {ckpt['iter_num']}, beyond max_iters {max_iters}")
     if reasons:
-        advice = ""
-        if refused and not refused.keys() & set(SAME_ON_RESUME):
+        advice = "; the same settings resume it, another --out_dir begins a new run"
+        free = not refused.keys() & set(SAME_ON_RESUME)
+        if free and ckpt["data"] == fingerprint:
             advice = "; --init_from=resume goes on with the new values"
         raise UserError(f"{path} is another run: {'; '.join(reasons)}{advice}")
     return allowed
 
 
-def ckpt_path(path):
-    """The checkpoint that --init_from=PATH means: a file, or a run folder's ckpt.pt."""
-    if os.path.isdir(path):
-        return os.path.join(path, "ckpt.pt")
-    return path
+def overruled_by(args, path, settings, chosen, sizes):
+    """{setting: value} that a checkpoint's model has otherwise than the settings say.
+
+    args: the model's. sizes: a ViT variant's, for which its settings of 0 stand.
+    Raises UserError where somebody has chosen such a setting.
+    """
+    overruled, refused = {}, []
+    for name, value in args.items():
+        if name in NOT_SHAPE or name not in settings:
+            continue
+        asked, by = settings[name], name
+        if type(asked) is int and asked == 0:
+            asked, by = sizes.get(name, 0), "variant"
+        if asked == value:
+            continue
+        overruled[name] = value
+        if by in chosen and name in (by, *sizes):
+            refused.append((by, name))
+    if refused:
+        wrong = ", ".join(sorted({f"--{by}={settings[by]}" for by, _ in refused}))
+        right = " ".join(f"--{name}={overruled[name]}" for _, name in refused)
+        raise UserError(f"{path} holds another model than {wrong}: leave that out, or give {right}")
+    return overruled
 
 
 def parse_steps(text, max_iters):

@@ -42,7 +42,7 @@ out_dir = "out/saturation"  # folder of the CSV files and the figures
 c = 1000.0                  # the saturated model's parameters are multiplied by this; Merrill et al.: 1000
 # data
 dataset = ""                # data/NAME; empty: the checkpoint's own, random tokens for Hugging Face's
-data_dir = "data"           # folder of NAME
+data_dir = ""               # folder of NAME; empty: the checkpoint's own, or data
 split = "val"               # train, val or test
 samples = 32                # sequences or images, drawn by seed, the same for every checkpoint
 batch_size = 4              # sequences or images at a time; states and attention take memory
@@ -68,17 +68,26 @@ def open_batches(path, net, device, dtype):
     name = dataset or net.config.get("dataset")
     T = min(block_size or net.block_size, net.block_size)
     if name and isinstance(name, str):
-        folder = os.path.join(data_dir, name)
+        folder = data_folder(name, net.config.get("data_dir"))
         if not net.vocab_size:
             return open_images(net, folder, device, dtype)
         tokens, about = read_text(path, net, name, folder, T)
     elif isinstance(net.model, (GPT, ViT)):
         raise UserError(f"{path} does not say what it was trained on: "
-                        f"give --dataset=NAME (a folder in --data_dir={data_dir})")
+                        f"give --dataset=NAME (a folder in --data_dir={data_dir or 'data'})")
     else:
         tokens = np.random.default_rng(seed).integers(net.vocab_size, size=(samples, T))
         about = f"{samples} x {T} random tokens of its {net.vocab_size:,}"
     return torch.from_numpy(tokens).to(device).split(batch_size), about
+
+
+def data_folder(name, of_checkpoint):
+    """The folder of a data set: in --data_dir, or where the checkpoint's run had it, or in data."""
+    if not data_dir and isinstance(of_checkpoint, str):
+        folder = os.path.join(of_checkpoint, name)
+        if os.path.isdir(folder):
+            return folder
+    return os.path.join(data_dir or "data", name)
 
 
 def read_text(path, net, name, folder, T):

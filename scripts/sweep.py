@@ -32,7 +32,7 @@ from typing import NamedTuple
 from configurator import configure, current, known, parse, script_settings
 from nanorank.console import StopSignal, time_left
 from nanorank.errors import UserError, user_errors
-from nanorank.run_settings import FREE_ON_RESUME
+from nanorank.run_settings import FREE_ON_RESUME, TENTH
 from nanorank.shards import n_cores
 from nanorank.sweep_tables import as_text, collect, report
 
@@ -175,6 +175,7 @@ def finished(cell):
         # a checkpoint has its own shape, and 0 stands for what the trainer makes of it
         is_zero = type(value) is int and value == 0
         free = name in FREE_ON_RESUME or (name in SHAPE and (cell.from_checkpoint or is_zero))
+        free = free or (name == "min_lr" and value == TENTH)
         if not free and result.get(name) != value:
             differ.append(f"{name} was {result.get(name)}, is {value}")
     if differ:

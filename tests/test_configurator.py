@@ -3,11 +3,22 @@ The settings block as a command line: types, order, help, and every error.
 """
 import math
 import pathlib
+import re
 import types
 
 import pytest
 
-from configurator import UserError, configure, convert, current, read_config, script_settings, spelled
+from configurator import (
+    ANSWERS,
+    UserError,
+    chosen,
+    configure,
+    convert,
+    current,
+    read_config,
+    script_settings,
+    spelled,
+)
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 SCRIPT = '''"""What it is for."""
@@ -166,6 +177,56 @@ def test_help_has_docstring_defaults_comments_and_banners(settings, capsys):
     for words in ("What it is for.", '--out_dir="out"', "folder of the run", "--lr=0.001", "peak"):
         assert words in text
     assert "CONSTANT" not in text
+
+
+def trainer(name):
+    """The settings of a trainer as configure takes them."""
+    path = str(REPO / name)
+    return {"__file__": path, **script_settings({"__file__": path})}
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--weight_decay=0", ["--attn_wd", "--mlp_wd", "--embed_wd"]),
+    ("--lr=1", ["--learning_rate"]),
+    ("--epochs=3", ["--max_iters"]),
+    ("--decay-lr", ["--min_lr", "--max_iters"]),
+    ("--lr_decay_iters=9", ["--max_iters"]),
+    ("--gradient_accumulation_steps=4", ["--total_batch_size", "--batch_size"]),
+    ("--always_save_checkpoint", ["--eval_interval"]),
+    ("--wandb_run=x", ["--wandb_run_name"]),
+    ("--backend=nccl", ["torchrun"]),
+    ("--num_train_epochs=3", ["--max_iters"]),
+    ("--per_device_train_batch_size=3", ["--batch_size"]),
+    ("--resume_from_checkpoint=x", ["--init_from=resume"]),
+    ("--atn_wd=0", ["did you mean attn_wd?"]),
+    ("--lrs=0", ["--help lists them all"]),  # no hint is better than a wrong one
+    ("--img_size=8", ["--help lists them all"]),  # train_vit's
+])
+def test_names_of_other_tools_are_answered(flag, words, capsys):
+    refuses(trainer("train_lm.py"), [flag], words, capsys)
+
+
+def test_answers_name_settings_that_are_there():
+    """Each name has one answer and is no setting of both trainers; each answer holds for one of them."""
+    lm, vit = trainer("train_lm.py").keys(), trainer("train_vit.py").keys()
+    names = " ".join(ANSWERS).split()
+    assert len(names) == len(set(names)) and not set(names) & lm & vit
+    for answer in ANSWERS.values():
+        told = set(re.findall(r"--(\w+)", answer))
+        assert told <= lm or told <= vit, answer
+
+
+def test_scripts_that_are_no_trainers_have_no_such_answers(settings, capsys):
+    refuses(settings, ["--weight_decay=0"], ["--help lists them all"], capsys)
+
+
+def test_chosen_are_flags_config_files_and_globals(settings, tmp_path):
+    path = settings["__file__"]
+    assert chosen(path, current(settings)) == set()
+    (tmp_path / "a.py").write_text("steps = 100\n")  # the default, but chosen
+    configure(settings, argv=[str(tmp_path / "a.py"), "--fast=False"])
+    settings["out_dir"] = "elsewhere"
+    assert chosen(path, current(settings)) == {"steps", "fast", "out_dir"}
 
 
 def script_of(config):

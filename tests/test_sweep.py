@@ -318,9 +318,9 @@ def test_tables_show_val_where_the_data_has_no_test(names, metric):
 
 def test_runs_from_a_checkpoint_have_its_shape(tmp_path):
     """result.json states the checkpoint's shape; where there is none, another shape is another run."""
-    result = {"n_layer": 1, "init_from": "a.pt", "bias": True, "seed": 1}
+    result = {"n_layer": 1, "init_from": "a.pt", "bias": True, "seed": 1, "min_lr": 1e-4}
     (tmp_path / "result.json").write_text(json.dumps(result))
-    settings = {"n_layer": 4, "init_from": "a.pt", "bias": False, "seed": 1}
+    settings = {"n_layer": 4, "init_from": "a.pt", "bias": False, "seed": 1, "min_lr": -1.0}  # -1: a tenth
     assert sweep.finished(sweep.Cell({}, tmp_path, settings))
     for change in ({"init_from": "auto"}, {"seed": 2}, {"init_from": "auto", "n_layer": 0}):
         with pytest.raises(ValueError, match="another run"):

@@ -119,6 +119,28 @@ def test_two_processes_are_one(train, tmp_path, data_dir):
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-5)
 
 
+def test_the_demo_on_two_processes_from_the_command_line(tmp_path, data_dir):
+    """config/demo.py is written for one process: its batch is split, its loss is that of one."""
+    demo = ["train_lm.py", "config/demo.py", "--dataset=text", f"--data_dir={data_dir}", "--device=cpu",
+            "--max_iters=2", "--warmup_iters=1", "--eval_iters=1", "--snapshot_steps="]
+    losses = []
+    for launcher in ([sys.executable], torchrun(2)):
+        out_dir = tmp_path / str(len(launcher))
+        run = command(*launcher, *demo, f"--out_dir={out_dir}")
+        assert run.returncode == 0, run.stderr[-2000:]
+        losses.append(json.loads((out_dir / "result.json").read_text())["test_loss"])
+    assert "batch: 8 * 2 processes * 1 micro-steps = 16" in run.stdout
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("flag, word", [("--atn_wd=0", "did you mean attn_wd"), ("--dtype=f8", "--dtype=f8")])
+def test_torchrun_says_an_error_once(tmp_path, flag, word):
+    """Found by the configurator, and by the run."""
+    result = command(*torchrun(2), "train_lm.py", f"--out_dir={tmp_path}", "--device=cpu", flag)
+    said = [line for line in result.stderr.splitlines() if line.startswith("train_lm.py: ")]
+    assert result.returncode != 0 and len(said) == 1 and word in said[0], result.stderr
+
+
 def start_and_signal(args, number, delay_after, word="step 4:"):
     """Starts a run, waits until it prints `word` and a moment more, sends the signal.
 
@@ -172,12 +194,23 @@ def test_init_from_path_takes_weights_and_starts_at_step_0(train, tmp_path):
     old = load(tmp_path / "a" / "ckpt.pt")
     state = {f"_orig_mod.{name}": p for name, p in old["model"].items()}  # as nanoGPT leaves them
     torch.save({"model": state, "model_args": old["model_args"], "iter_num": 3}, tmp_path / "nanogpt.pt")
-    train(tmp_path / "b", max_iters=0, init_from=str(tmp_path / "nanogpt.pt"), n_layer=7)
+    start = {"max_iters": 0, "init_from": str(tmp_path / "nanogpt.pt")}
+    with refused("nanogpt.pt", "--n_layer=7", "--n_layer=2"):  # another model is asked for
+        train(tmp_path / "b", **start, n_layer=7)
+    # a default asks for nothing: the settings are the model's, and the same ones resume the run
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("n_layer", "n_head", "n_embd"):
+            patch.delitem(TINY, name)
+        train(tmp_path / "b", **start)
+        train(tmp_path / "b", **{**start, "init_from": "resume"})
     assert_same_weights(tmp_path / "a" / "ckpt.pt", tmp_path / "b" / "ckpt.pt")
     b = json.loads((tmp_path / "b" / "result.json").read_text())
-    # n_layer is the model's, not the flag's
-    assert b["n_layer"] == load(tmp_path / "b" / "ckpt.pt")["model_args"]["n_layer"] == 2
-    train(tmp_path / "b", max_iters=0, init_from="resume", n_layer=7)  # the same settings resume it
+    b_ckpt = load(tmp_path / "b" / "ckpt.pt")
+    for found in (b, b_ckpt["config"], b_ckpt["model_args"]):
+        assert (found["n_layer"], found["n_head"], found["n_embd"]) == (2, 2, 32)
+    assert train_lm.n_layer == 12 and b_ckpt["overruled"]["n_layer"] == 12
+    with refused("n_layer was 2, is 3"):
+        train(tmp_path / "b", init_from="resume", n_layer=3)
     # a run folder; a shorter context
     train(tmp_path / "c", max_iters=1, init_from=str(tmp_path / "a"), block_size=16)
     assert json.loads((tmp_path / "c" / "result.json").read_text())["block_size"] == 16
@@ -251,6 +284,28 @@ def test_defaults_are_the_papers():
         assert ("paper" in line) == (name in published)
 
 
+def test_min_lr_is_a_tenth_of_the_peak(train, tmp_path):
+    result = train(tmp_path / "a", learning_rate=1e-5, warmup_iters=1, log_interval=1)
+    lr = logged(tmp_path / "a", "lr")
+    assert result["min_lr"] == 1e-5 / 10 and max(lr) == lr[1] == 1e-5 and lr[-1] < 2e-6
+    assert load(tmp_path / "a" / "ckpt.pt")["config"]["min_lr"] == 1e-5 / 10
+    for min_lr in (0.0, 5e-6):
+        result = train(tmp_path / str(min_lr), learning_rate=1e-5, min_lr=min_lr, max_iters=1)
+        assert result["min_lr"] == min_lr
+
+
+def test_a_run_begun_with_another_min_lr_goes_on_with_it(train, tmp_path, capsys):
+    """As runs from when its default was 1e-4: the command that does not name it resumes them to the bit."""
+    straight = train(tmp_path / "a", min_lr=1e-4)
+    with signalled_in_step(10), pytest.raises(SystemExit):
+        train(tmp_path / "b", min_lr=1e-4)
+    resumed = train(tmp_path / "b", init_from="auto")
+    assert straight["min_lr"] == resumed["min_lr"] == 1e-4
+    assert_same_weights(tmp_path / "a" / "ckpt.pt", tmp_path / "b" / "ckpt.pt")
+    train(tmp_path / "b", init_from="resume", max_iters=21, learning_rate=2e-2)
+    assert "min_lr was 0.0001, is 0.002" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text, steps", [
     ("", set()),
     ("3,7", {3, 7}),
@@ -285,6 +340,9 @@ def test_snapshot_steps(text, steps):
     ({"total_batch_size": 10**25}, "--total_batch_size"),
     ({"dropout": 1.0}, "--dropout=1.0"),
     ({"warmup_lr": -1.0}, "--warmup_lr=-1.0"),
+    ({"min_lr": -0.5}, "--min_lr=-0.5"),
+    ({"min_lr": 2e-2}, "--min_lr=0.02 is above --learning_rate=0.01"),
+    ({"warmup_lr": 2e-2}, "--warmup_lr=0.02 is above --learning_rate=0.01"),
     ({"beta2": 1.0}, "--beta2=1.0"),
 ])
 def test_wrong_settings_are_user_errors(train, tmp_path, settings, word):
@@ -310,7 +368,8 @@ def test_a_run_is_not_overwritten_or_resumed_as_another(train, tmp_path):
         ({"init_from": "auto", "attn_wd": 9.0}, "attn_wd was 1.0, is 9.0"),
         ({"init_from": "resume", "n_layer": 3}, "n_layer was 2, is 3"),
         ({"init_from": "resume", "seed": 2}, "seed was 1337, is 2"),
-        ({"init_from": "resume", "max_iters": 1}, "step 2"),
+        ({"init_from": "resume", "max_iters": 1}, "is at step 2, beyond --max_iters=1: raise that"),
+        ({"init_from": "auto", "max_iters": 1}, "is at step 2, beyond --max_iters=1: raise that"),
         ({"init_from": "resume", "data_dir": str(other)}, "data on disk"),
     ):
         with refused(word):
@@ -331,7 +390,7 @@ def sum_lr(steps, **settings):
 
 
 def test_resuming_with_other_hyperparameters_takes_them_and_says_so(train, tmp_path, capsys):
-    train(tmp_path / "a", max_iters=10)
+    train(tmp_path / "a", max_iters=10, min_lr=1e-4)
     new = {"max_iters": 12, "min_lr": 1e-3}
     result = train(tmp_path / "a", init_from="resume", attn_wd=3.0, beta1=0.5, **new)
     assert "attn_wd was 1.0, is 3.0" in capsys.readouterr().out
