@@ -102,9 +102,8 @@ def heads_of(module, shapes, configs=(), n_head=0, n_kv_head=0, d_head=0):
             raise UserError(f"{source} has pruned_heads: which heads are left of {q} is not known; "
                             "save the model unpruned")
         by_config = heads_in_config(config, module, widths={o_out, q_in})
-        size = re.match(TIMM, str(config.get("architecture", "")))
-        if by_config == 0 and size:
-            by_config = TIMM_HEADS.get((size[1], o_out), 0)
+        if by_config == 0:
+            by_config = heads_of_timm(config, o_out)
         if by_config > 0:
             if by_shape and by_shape != by_config:
                 raise UserError(f"{source} says {by_config} heads, the shapes beside {q} say {by_shape}")
@@ -121,8 +120,18 @@ def heads_of(module, shapes, configs=(), n_head=0, n_kv_head=0, d_head=0):
     if n_kv_head and module.scheme.layout == "separate" and shapes[k][0] % n_kv_head == 0:
         r = shapes[k][0] // n_kv_head
         return shapes[q][0] // r, "--n_kv_head"
+    stack = f", or --heads={module.stack}:N where stacks differ" if module.stack else ""
     raise UserError(f"nothing says how many heads {q} {tuple(shapes[q])} holds "
-                    "(no config of its own, arguments or telling shapes); give --n_head or --d_head")
+                    "(no config of its own, arguments or telling shapes); give --n_head or --d_head{stack}")
+
+
+def heads_of_timm(config, width):
+    """Heads by timm's name of an architecture, which config.json, a checkpoint or its arguments hold, else 0."""
+    for key in ("architecture", "arch", "model"):
+        size = re.match(TIMM, str(config.get(key, "")))
+        if size:
+            return TIMM_HEADS.get((size[1], width), 0)
+    return 0
 
 
 def heads_in_config(config, module, widths):
@@ -167,6 +176,8 @@ def heads_in_one(config, module, widths):
         side = "encoder" if kind == "encoder" and module.stack != "cross" else "decoder"
         keys = (f"{side}_attention_heads", f"{side}_num_attention_heads", f"num_{side}_attention_heads",
                 *HEAD_KEYS)
+    words = dict.fromkeys(part.split("_")[0] for part in module.path.split("."))
+    keys = (*(f"{word}_{key}" for word in words for key in keys), *keys)  # t2u_encoder_attention_heads
     values = [config[key] for key in keys if key in config]
     heads = values[0] if values else 0
 
