@@ -184,8 +184,8 @@ def expand(paths):
     """The checkpoints that command-line arguments stand for, each once, run by run in order of step.
 
     A run folder stands for its snapshots and ckpt.pt; a folder of step*, checkpoint-* (folders, files, or
-    revisions in the hub's cache) for these. A file, a model's folder and a hub id stand for themselves; beside
-    a model, a folder without one (DeepSpeed's global_step500) is no checkpoint.
+    revisions in the hub's cache) for these. A file, a model's folder and a hub id stand for themselves.
+    Beside a model, a folder without one (DeepSpeed's global_step500) is no checkpoint.
     """
     runs = {}
     for path in map(os.path.normpath, paths):

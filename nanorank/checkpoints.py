@@ -174,12 +174,12 @@ class Checkpoint:
             return modules
 
     def check_stacks(self, modules):
-        """Raises UserError where --heads names a stack that is not there."""
+        """Raises UserError where --stack_heads names a stack that is not there."""
         stacks = list(dict.fromkeys(module.stack for module in modules))
         for stack in self.stack_heads:
             if not any(is_stack(module, stack, stacks) for module in modules):
                 there = ", ".join(stacks) if any(stacks) else "one stack; give --n_head"
-                raise UserError(f"--heads: no stack {stack}; there is {there}")
+                raise UserError(f"--stack_heads: no stack {stack}; there is {there}")
 
     def heads_of(self, module):
         """(heads, where that is from). Raises UserError naming the file."""
@@ -228,7 +228,8 @@ def parse_heads(text):
     for part in text.replace(" ", "").split(",") if text else []:
         match = re.fullmatch(r"([\w.]+)[:=](\d{1,4})", part)
         if not match or int(match[2]) == 0:
-            raise UserError(f"--heads={text}: expects stacks and their heads, such as encoder:3,decoder:4")
+            raise UserError(f"--stack_heads={text}: expects stacks and their heads, "
+                            "such as encoder:3,decoder:4")
         heads[match[1]] = int(match[2])
     return heads
 

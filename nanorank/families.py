@@ -137,12 +137,13 @@ def match_schemes(schemes, shapes, config):
                 matches[path] = scheme, tuple(names), ""
                 taken.update(flat(names))
 
-    for path, (scheme, names, first_name) in without_output.items():
+    of_all_heads = sorted(without_output.items(), key=lambda entry: isinstance(entry[1][1][0], str))
+    for path, (scheme, names, first_name) in of_all_heads:
         output = "" if first_name in taken else find_output(path, scheme, names, shapes)
         if output:
             note = f"{output} was taken for the output projection: no other beside its q, k, v has that shape"
             matches[path] = scheme, (*names, output), note
-            taken.add(first_name)
+            taken.update(flat(names))
 
     # a row further down may have taken what is incomplete by a row above
     incomplete = {name: lacks for name, lacks in incomplete.items() if name not in taken}
@@ -353,8 +354,8 @@ def refuse_odd_output(module, shapes):
     H, r, d = q if q[1] < q[2] else (q[0], q[2], q[1])
     out_by_in = q[1] < q[2]
     if not out_by_in and d == H * r:
-        raise UserError(f"{module.names[-1]} {o} beside {module.names[0]} {q}: which of its sides are the heads "
-                        "is not told; store it as (head, d_head, d_model)")
+        raise UserError(f"{module.names[-1]} {o} beside {module.names[0]} {q}: which of its sides are the "
+                        "heads is not told; store it as (head, d_head, d_model)")
     if o != ((d, H * r) if out_by_in else (H * r, d)):
         raise UserError(f"{module.names[-1]} {o} does not fit {module.names[0]} {q}")
 
@@ -367,6 +368,13 @@ def refuse_unknown_order(module, shapes):
             raise UserError(f"{module.names[0]} {q} has twice the rows that {module.names[-1]} {o} takes: "
                             "queries and a gate, in an order that names do not tell; where each head's query "
                             "is followed by its gate, give --pattern and --layout=gated")
+    beside = {name.removeprefix(f"{module.path}.") for name in shapes if name.startswith(f"{module.path}.")}
+    if any(re.match(r"(self\.)?lambda_[qk]\d?", name) for name in beside):
+        raise UserError(f"{module.path}: differential attention, whose heads share values two by two: "
+                        "there is no P W_V of a single head")
+    if re.search(r"channel_(attn|block)", module.path) or "temperature" in beside:
+        raise UserError(f"{module.path}: attention between channels (DaViT, Florence-2, XCiT), not between "
+                        "tokens: it has no W_K^T W_Q of heads; --pattern chooses other layers")
     is_tinyvit = f"{module.path}.attention_biases" in shapes
     is_maxvit = re.search(r"attn_(block|grid)", module.path)
     if module.scheme.names.startswith("qkv.weight") and (is_tinyvit or is_maxvit):

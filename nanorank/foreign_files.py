@@ -13,16 +13,16 @@ import pickletools
 import re
 import zipfile
 
-GGUF = ("a GGUF file of llama.cpp, mostly of quantised weights: give the Hugging Face folder that it was made from, "
-        "or let transformers make one: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME)"
-        ".save_pretrained(OUT)")
+GGUF = ("a GGUF file of llama.cpp, mostly of quantised weights: give the Hugging Face folder that it was "
+        "made from, or let transformers make one: "
+        "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(OUT)")
 NO_TORCH = "give the model as .safetensors or as a state dict of torch"
 DCP = ("of torch.distributed.checkpoint (FSDP, DCP), each process's share in a file: "
-       "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt makes one file of it "
+       "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt makes one of it "
        "(of accelerate: accelerate merge-weights FOLDER OUT)")
 DEEPSPEED = ("of DeepSpeed, each process's share in a file: python zero_to_fp32.py . OUT, the script that "
              "DeepSpeed left beside it, makes a model of it")
-SHARDS = ("holds one process's shard of the weights (DTensor, ShardedTensor), not the model: gather it first, "
+SHARDS = ("holds one process's shard of the weights (DTensor, ShardedTensor), not the model: gather it, "
           "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True, "
           "or for verl's files python -m verl.model_merger merge")
 
@@ -93,7 +93,8 @@ def what_folder_is(names):
     fsdp = [name for name in bases if re.match(r"pytorch_model_fsdp|optimizer_\d+$|distcp", name)]
     if any(name.startswith("pytorch_model_fsdp") for name in fsdp):
         return f"{fsdp[0]} in it is a folder {DCP}"
-    if any(re.search(r"zero_pp_rank_\d+|_optim_states\.pt$|mp_rank_\d+_model_states", name) for name in bases):
+    deepspeed = r"zero_pp_rank_\d+|_optim_states\.pt$|mp_rank_\d+_model_states"
+    if any(re.search(deepspeed, name) for name in bases):
         return f"a folder {DEEPSPEED}"
     if any(re.match(r"global_step\d+$", name) for name in bases):
         return f"the global_step folder in it is {DEEPSPEED}"
@@ -101,7 +102,7 @@ def what_folder_is(names):
         return GGUF
     if any(re.match(r"model_world_size_\d+_rank_\d+", name) for name in bases):
         return f"each file in it {SHARDS}"
-    if any(name.endswith((".h5", ".msgpack", ".onnx", ".tflite")) or name == "saved_model.pb" for name in bases):
+    if any(name.endswith((".h5", ".msgpack", ".onnx", ".tflite", "saved_model.pb")) for name in bases):
         return f"a model of another framework: {NO_TORCH}"
     if any(re.match(r"adapter_model\.", name) for name in bases):
         return "an adapter without its model: merge it first (peft: model.merge_and_unload())"
@@ -126,7 +127,8 @@ def what_pickle_holds(path, most=1 << 22):
         return SHARDS
     if {"_parameters", "_modules"} <= strings:
         own = [name for name in foreign if not name.startswith("torch.nn")] or foreign
-        return (f"a whole pickled model of class {(own or ['?'])[0]}, which only its own code can open: where it was "
+        name = own[0] if own else "unknown"
+        return (f"a whole pickled model of class {name}, which only its own code can open: where it was "
                 "made, torch.save(model.state_dict(), 'weights.pt') saves what is needed here")
     if "_packed_params" in strings or any("quantized" in name for name in classes):
         return "quantised by torch: dequantise it first, and save the state dict"
@@ -134,8 +136,8 @@ def what_pickle_holds(path, most=1 << 22):
 
 
 # what plain tensors are made of
-PLAIN = re.compile(r"(torch\._utils\._rebuild|torch\.\w*Storage$|torch\.(Size|device|\w*\d+)$|collections\.OrderedDict|"
-                   r"numpy|_codecs|builtins|__builtin__|argparse|pathlib|torch\.serialization)")
+PLAIN = re.compile(r"(torch\._utils\._rebuild|torch\.\w*Storage$|torch\.(Size|device|\w*\d+)$|"
+                   r"collections\.OrderedDict|numpy|_codecs|builtins|__builtin__|argparse|pathlib)")
 
 
 def pickle_of(path, most):
@@ -151,7 +153,7 @@ def pickle_of(path, most):
 
 
 def globals_and_strings(data):
-    """Yields (True, "module.name") for each global of the pickles in `data`, (False, text) for each string."""
+    """Yields (True, "module.name") for each global of pickles, (False, text) for each string."""
     start = 0
     for _ in range(8):  # an old torch file is several pickles, one behind the other
         recent = []

@@ -120,13 +120,14 @@ def heads_of(module, shapes, configs=(), n_head=0, n_kv_head=0, d_head=0):
     if n_kv_head and module.scheme.layout == "separate" and shapes[k][0] % n_kv_head == 0:
         r = shapes[k][0] // n_kv_head
         return shapes[q][0] // r, "--n_kv_head"
-    stack = f", or --heads={module.stack}:N where stacks differ" if module.stack else ""
+    stack = f", or --stack_heads={module.stack}:N where stacks differ" if module.stack else ""
     raise UserError(f"nothing says how many heads {q} {tuple(shapes[q])} holds "
-                    "(no config of its own, arguments or telling shapes); give --n_head or --d_head{stack}")
+                    "(no config of its own, arguments or telling shapes); "
+                    f"give --n_head or --d_head{stack}")
 
 
 def heads_of_timm(config, width):
-    """Heads by timm's name of an architecture, which config.json, a checkpoint or its arguments hold, else 0."""
+    """Heads by timm's name of an architecture in a config, a checkpoint or its arguments, else 0."""
     for key in ("architecture", "arch", "model"):
         size = re.match(TIMM, str(config.get(key, "")))
         if size:

@@ -1,7 +1,7 @@
 """
 Tells weights that are quantised from weights that can be measured, before anything else is asked of them.
 
-    refuse_quantised(ckpt.tensors, ckpt.configs)    # raises UserError naming the tensor, the method and the fix
+    refuse_quantised(ckpt.tensors, ckpt.configs)    # raises UserError: the tensor, the method, the fix
 """
 import re
 
@@ -37,7 +37,8 @@ def refuse_quantised(tensors, configs):
         for tail, method in MARKS.items():
             match = re.search(rf"(?:^|\.)({tail})$", name)
             if match and beside_quantised(name[:match.start(1)], tail, tensors):
-                raise UserError(f"{name}: quantised ({method_of(configs) or method}), stored as {x.dtype}; {FIX}")
+                method = method_of(configs) or method
+                raise UserError(f"{name}: quantised ({method}), stored as {x.dtype}; {FIX}")
 
 
 def beside_quantised(path, tail, tensors):

@@ -406,8 +406,8 @@ def examine(kind):
             equal += 1
             gated += said == "gated"
     verdict = "WRONG" if wrong else "unverified" if unverified else "equal"
-    return {"verdict": verdict, "equal": equal, "gated": gated, "wrong": wrong[:6], "unverified": unverified[:6],
-            "remarks": remarks[:3]}
+    return {"verdict": verdict, "equal": equal, "gated": gated, "wrong": wrong[:6],
+            "unverified": unverified[:6], "remarks": remarks[:3]}
 
 
 def timeout(signum, frame):
@@ -436,7 +436,8 @@ def main(out, kinds):
         signal.alarm(0)
         with open(out, "a") as file:
             file.write(json.dumps({"kind": kind, **line}) + "\n")
-        print(kind, line["verdict"], line.get("why") or line.get("wrong") or line.get("unverified"), flush=True)
+        said = line.get("why") or line.get("wrong") or line.get("unverified")
+        print(kind, line["verdict"], said, flush=True)
 
 
 if __name__ == "__main__":
