@@ -48,6 +48,7 @@ compare = False             # two runs or checkpoints: their differences layer b
 n_head = 0                  # heads per layer
 n_kv_head = 0               # key/value heads per layer, where queries share them (else told from shapes)
 d_head = 0                  # width of a head, instead of n_head, where stacks have different numbers of heads
+stack_heads = ""            # heads of each stack, where stacks differ: encoder:3,decoder:4
 pattern = ""                # ends of the names of q,k,v,o (or qkv,o) after the layer's path
 layout = "separate"         # how heads lie in what --pattern names: separate, fused, grouped, conv, lens
 state_dict = ""             # which of several state dicts in a file, by its key
@@ -69,7 +70,7 @@ def main(paths):
     spectra, configs, sources, remarks = {}, {}, {}, {}  # by run, of its last checkpoint
     previous = None
     options = {"n_head": n_head, "n_kv_head": n_kv_head, "d_head": d_head,
-               "pattern": pattern, "layout": layout, "state_dict": state_dict}
+               "pattern": pattern, "layout": layout, "state_dict": state_dict, "heads": stack_heads}
     bar = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=len(files) * (1 + norms), disable=None, smoothing=0, bar_format=bar) as progress:
         for ckpt in open_all(paths, **options):

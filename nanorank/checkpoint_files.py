@@ -11,17 +11,20 @@ import re
 import sys
 
 from nanorank.errors import UserError
+from nanorank.foreign_files import what_file_is, what_folder_is
 
 RUN_FILE = r"ckpt\.pt|step_(\d+)\.pt"  # the trainers leave these in a run folder
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 CONFIGS = ("config.json", "params.json")  # Hugging Face and timm; Meta
 
-# other trainers leave these beside a model, under the same suffixes
-NOT_MODELS = r"training_args|optimizer|scheduler|rng_state|random_states|scaler"
+# other trainers leave these beside a model, under the same suffixes; Megatron's model_optim_rng.pt is a model
+NOT_MODELS = (r"training_args|optim(?:izer)?s?(?:[._\d-]|$)|(?:lr_)?sched|rng_|random_states|(?:\w+_)?scaler|"
+              r"sampler|dl_state|(?!model)\w*[._-]optim(?:izer)?(?:_states?)?[._-]")
 
 # step1000, checkpoint-500, a_step7.pt; and epoch_3 where no step is told
 STEP = r"(?:^|(?<=[._@-]))(?:global_?)?(?:step|checkpoint|ckpt|iter|iteration)[-_=]?(\d+)(?=$|[._-])"
 EPOCH = r"epoch[-_=]?(\d+)"
+NANOCHAT = r"model_(\d{5,})\.pt"  # its config lies beside it, in meta_*.json
 
 # ------------------------------------------------------------ one checkpoint
 
@@ -52,8 +55,15 @@ def locate(path):
         folder, name = os.path.split(path)
         names = [name]
         refuse_part(folder, name)
-    weights = choose(path, names, lambda name: os.path.join(folder, name))
+    if os.path.isfile(path) and not name_of_index(path):
+        weights = [path]  # given by name: whatever its suffix
+    else:
+        weights = choose(path, names, lambda name: os.path.join(folder, name))
     configs = [os.path.join(folder, name) for name in CONFIGS]
+    if len(weights) == 1:
+        nanochat = re.fullmatch(NANOCHAT, os.path.basename(weights[0]))
+        if nanochat:
+            configs.append(os.path.join(folder, f"meta_{nanochat[1]}.json"))
     return weights, [file for file in configs if os.path.isfile(file)]
 
 
@@ -69,6 +79,9 @@ def snapshot(cache, revision):
 def refuse_part(folder, name):
     """Raises UserError where a file is one of several that make a model."""
     path = os.path.join(folder, name)
+    if re.match(NOT_MODELS, name):
+        raise UserError(f"{path}: what a trainer left beside a model (an optimizer's state, a scheduler, "
+                        "random numbers), no model; give the model's file or folder")
     if re.search(r"-\d+-of-\d+\.", name):
         raise UserError(f"{path}: one part of a model; give the folder")
     part = r"consolidated\.\d+\.pth"
@@ -107,27 +120,34 @@ def choose(path, names, fetch):
     An index of shards goes first, then .safetensors before torch's files. Raises UserError where it is not
     clear which.
     """
-    for ending in (".safetensors.index.json", ".bin.index.json"):
-        for name in names:
-            if name.endswith(ending):
-                return shards_of(path, name, names, fetch)
+    for index in filter(name_of_index, sorted(names)):  # model.safetensors before pytorch_model.bin
+        return shards_of(path, index, names, fetch)
 
     models = []
     for name in names:
         if name.endswith(SUFFIXES) and not re.match(NOT_MODELS, os.path.basename(name)):
             models.append(name)
     safetensors = [name for name in models if name.endswith(".safetensors")]
+    if not safetensors and any(name.endswith(".distcp") for name in names):
+        models = []  # the .pt files beside them are no model
     for candidates in (["model.safetensors"], ["pytorch_model.bin"], safetensors, models):
         chosen = [name for name in candidates if name in models]
         if len(chosen) == 1:
             return [fetch(chosen[0])]
 
+    known = what_folder_is(names)
+    if known:
+        raise UserError(f"{path}: no model in it that can be read: {known}")
     if not models:
         raise UserError(f"{path}: no model in it, looked for model.safetensors, pytorch_model.bin, "
                         f"an index of shards, one file of {' '.join(SUFFIXES)}, "
                         "ckpt.pt, step_*.pt or folders step*, checkpoint-*")
     dots = " ..." if len(models) > 4 else ""
     raise UserError(f"{path}: several weight files and no index ({', '.join(models[:4])}{dots}): give one")
+
+
+def name_of_index(name):
+    return name.endswith((".safetensors.index.json", ".bin.index.json"))
 
 
 def shards_of(path, index, names, fetch):
@@ -147,6 +167,9 @@ def shards_of(path, index, names, fetch):
 
 def read_json(file):
     """The object in a JSON file. Raises UserError naming the file."""
+    known = what_file_is(file)
+    if known:
+        raise UserError(f"{file}: {known}")
     try:
         with open(file, encoding="utf-8") as stream:
             value = json.load(stream)
@@ -163,6 +186,7 @@ def expand(paths):
 
     A run folder stands for its snapshots and ckpt.pt; a folder of step*, checkpoint-* (folders, files, or
     revisions in the hub's cache) for these. A file, a model's folder and a hub id stand for themselves.
+    Beside a model, a folder without one (DeepSpeed's global_step500) is no checkpoint.
     """
     runs = {}
     for path in map(os.path.normpath, paths):
@@ -182,10 +206,14 @@ def checkpoints_in(path):
     if run_files:
         return run_files
 
+    is_model = holds_model(names)
     series = []
     for name in names:
         file = os.path.join(path, name)
-        if step_match(name) and (name.endswith(SUFFIXES) or os.path.isdir(file)):
+        if not step_match(name) or re.match(NOT_MODELS, name):
+            continue
+        is_folder = os.path.isdir(file) and (not is_model or holds_model(os.listdir(file)))
+        if name.endswith(SUFFIXES) or is_folder:
             series.append(file)
     if series:
         return series
@@ -193,6 +221,15 @@ def checkpoints_in(path):
     refs = os.path.join(path, "refs")  # the hub's cache
     revisions = os.listdir(refs) if os.path.isdir(refs) else []
     return [f"{path}@{name}" for name in revisions if re.search(STEP, name)]
+
+
+def holds_model(names):
+    """Whether one of these files is a model by its name; what DeepSpeed saves of one is not."""
+    for name in names:
+        is_model = name.endswith(SUFFIXES) and not re.match(NOT_MODELS, name) and not step_match(name)
+        if name_of_index(name) or (is_model and "_model_states" not in name):
+            return True
+    return False
 
 
 def run_of(path):
@@ -217,4 +254,4 @@ def step_in(path):
 
 
 def step_match(name):
-    return re.search(STEP, name) or re.search(EPOCH, name)
+    return re.fullmatch(NANOCHAT, name) or re.search(STEP, name) or re.search(EPOCH, name)

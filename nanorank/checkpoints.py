@@ -34,8 +34,10 @@ from nanorank.checkpoint_files import (
     step_in,
 )
 from nanorank.errors import UserError, one_line
-from nanorank.families import find_attention, heads_of, split_heads
+from nanorank.families import find_attention, heads_of, kind_of, split_heads
 from nanorank.files import load_pt
+from nanorank.foreign_files import what_file_is
+from nanorank.quantised import refuse_quantised, refuse_stored_quantised
 
 __all__ = ["NOT_MODELS", "RUN_FILE", "SUFFIXES", "Checkpoint", "expand", "open_all", "run_of"]
 
@@ -80,8 +82,10 @@ class Checkpoint:
     configs: {source: dict}, such as config.json or "its model_args"
     """
 
-    def __init__(self, path, n_head=0, n_kv_head=0, d_head=0, pattern="", layout="separate", state_dict=""):
+    def __init__(self, path, n_head=0, n_kv_head=0, d_head=0, pattern="", layout="separate", state_dict="",
+                 heads=""):
         """n_head, n_kv_head, d_head: heads, where the checkpoint does not say.
+        heads: those of each stack, where they differ: encoder:3,decoder:4.
         pattern, layout: names that no scheme knows (families.find_attention).
         state_dict: the key of one state dict of several in a file.
         Raises UserError where there is no checkpoint, or none that can be read."""
@@ -89,6 +93,7 @@ class Checkpoint:
         self.step = step_in(path)
         self.n_kv_head = n_kv_head
         self.heads = {"n_head": n_head, "n_kv_head": n_kv_head, "d_head": d_head}
+        self.stack_heads = parse_heads(heads)
         self.naming = {"pattern": pattern, "layout": layout}
         self.state_dict = state_dict
         self.mapped = {}   # {file: state dict}
@@ -102,7 +107,7 @@ class Checkpoint:
     def add(self, file):
         """Takes up the tensors and the configs of one file."""
         extra = {}
-        if file.endswith(".safetensors"):
+        if is_safetensors(file):
             stored = open_safetensors(file)
         else:
             state, extra = open_torch(file, self.state_dict)
@@ -120,6 +125,8 @@ class Checkpoint:
         for key, value in extra.items():
             if isinstance(value, argparse.Namespace):
                 value = vars(value)
+            if key in ("arch", "architecture", "model_name") and isinstance(value, str):  # timm
+                value = {"architecture": value}
             if isinstance(value, dict):
                 configs[f"its {key}"] = value
         self.configs = {**configs, **self.configs}
@@ -160,12 +167,30 @@ class Checkpoint:
     def modules(self):
         """Its attention modules (families.Module), in order. Raises UserError naming the file."""
         with self.named():
-            return find_attention(self.shapes, **self.naming, config=self.configs.get("config.json"))
+            refuse_quantised(self.tensors, self.configs)
+            modules = find_attention(self.shapes, **self.naming, config=self.configs.get("config.json"))
+            refuse_stored_quantised(modules, self.tensors)
+            self.check_stacks(modules)
+            return modules
+
+    def check_stacks(self, modules):
+        """Raises UserError where --stack_heads names a stack that is not there."""
+        stacks = list(dict.fromkeys(module.stack for module in modules))
+        for stack in self.stack_heads:
+            if not any(is_stack(module, stack, stacks) for module in modules):
+                there = ", ".join(stacks) if any(stacks) else "one stack; give --n_head"
+                raise UserError(f"--stack_heads: no stack {stack}; there is {there}")
 
     def heads_of(self, module):
         """(heads, where that is from). Raises UserError naming the file."""
+        word = dict(self.heads)
+        if self.stack_heads:
+            stacks = list(dict.fromkeys(other.stack for other in self.modules()))
+            for stack, n_head in self.stack_heads.items():
+                if is_stack(module, stack, stacks):
+                    word = {"n_head": n_head}
         with self.named():
-            return heads_of(module, self.shapes, self.configs, **self.heads)
+            return heads_of(module, self.shapes, self.configs, **word)
 
     def attention_layer(self, module):
         """The AttentionLayer of a module, read from disk. Raises UserError naming the file."""
@@ -195,6 +220,29 @@ class Checkpoint:
             seen.add(memory)
             names.append(name)
         return names
+
+
+def parse_heads(text):
+    """{"encoder": 3, "decoder": 4} of encoder:3,decoder:4. Raises UserError for anything else."""
+    heads = {}
+    for part in text.replace(" ", "").split(",") if text else []:
+        match = re.fullmatch(r"([\w.]+)[:=](\d{1,4})", part)
+        if not match or int(match[2]) == 0:
+            raise UserError(f"--stack_heads={text}: expects stacks and their heads, "
+                            "such as encoder:3,decoder:4")
+        heads[match[1]] = int(match[2])
+    return heads
+
+
+def is_stack(module, name, stacks):
+    """Whether a module is in the stack of this name: its label, how its path begins, or the encoder beside a
+    decoder where nothing calls it that."""
+    if name in stacks:
+        return module.stack == name
+    if f"{module.path}.".startswith((f"{name}.", f"{name}_")):
+        return True
+    unnamed = [stack for stack in stacks if kind_of(stack) == "" and stack != "cross"]
+    return name == "encoder" and "decoder" in stacks and unnamed == [module.stack]
 
 
 def open_all(paths, **options):
@@ -227,8 +275,21 @@ def open_all(paths, **options):
 
 # ------------------------------------------------------------ one file
 
+def is_safetensors(file):
+    """Whether a file is one of .safetensors, by its name or else by its first bytes: a size, then JSON."""
+    if file.endswith(".safetensors"):
+        return True
+    with contextlib.suppress(OSError), open(file, "rb") as stream:
+        start = stream.read(9)
+        return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= os.path.getsize(file) - 8
+    return False
+
+
 def open_safetensors(file):
     """{name: Stored} of a .safetensors file. Raises UserError where it is damaged."""
+    known = what_file_is(file)
+    if known:
+        raise UserError(f"{file}: {known}")
     try:
         with safe_open(file, "pt") as handle:  # holds the header against the file
             slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118

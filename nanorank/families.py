@@ -5,93 +5,24 @@ Finds the attention of a model by names and shapes of its tensors, and gives eve
     for layer in attention_layers(model.state_dict(), n_head=12):
         layer.W_Q     # (H, r, d), likewise W_K, W_V; layer.P is (H, d, r)
 
-SCHEMES has a row for each naming: the names of q, k, v and the output projection o, and how the heads lie in
-them. The text before these names is the path of the attention module. Its numbers tell the layer, its words
-tell the stack (encoder, decoder, cross, text, vision):
+schemes.SCHEMES has a row for each naming: the names of q, k, v and the output projection o, and how the
+heads lie in them. The text before these names is the path of the attention module. Its numbers tell the
+layer, its words tell the stack (encoder, decoder, cross, text, vision):
 
     transformer.h.3.attn.c_attn.weight -> path transformer.h.3.attn, layer 3
 """
 import difflib
 import itertools
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 from nanorank.errors import UserError
-from nanorank.heads import LAYOUTS, NUMBER, AttentionLayer, heads_of, join, kind_of, split_heads
+from nanorank.heads import NUMBER, AttentionLayer, heads_of, join, kind_of, split_heads
+from nanorank.layouts import LAYOUTS
+from nanorank.schemes import SCHEMES, Scheme, gate_beside_query, told
 
 __all__ = ["LAYOUTS", "SCHEMES", "AttentionLayer", "Module", "attention_layers", "find_attention", "heads_of",
            "is_block", "left_out", "split_heads"]
-
-# ------------------------------------------------------------ the table of names
-
-class Scheme(NamedTuple):
-    """A naming of q, k, v and the output projection o, and the condition under which it holds."""
-    names: str     # of q k v o, of qkv o or of q kv o; alternatives are separated by |
-    layout: str    # how the heads lie in these tensors, a key of LAYOUTS
-    families: str
-    path: str = ""                                        # a pattern that the module's path must match
-    when: Callable = lambda config, path, shapes: True    # for names that other models use otherwise
-
-
-def linear(names, *args, **kwargs):
-    """A Scheme whose names are those of Linear layers: "c_attn c_proj" -> "c_attn.weight c_proj.weight"."""
-    return Scheme(re.sub(r"[^ |]+", r"\g<0>.weight", names), *args, **kwargs)
-
-
-def is_codegen(config, path, shapes):
-    if "model_type" in config:
-        return config["model_type"] == "codegen"
-    return f"{path.removesuffix('attn')}mlp.fc_in.weight" in shapes
-
-
-def is_bigcode_without_multi_query(config, path, shapes):
-    return config.get("model_type") == "gpt_bigcode" and not config.get("multi_query", True)
-
-
-# The first row whose names are all there takes a module. Rotary embeddings and biases do not matter here.
-SCHEMES = [
-    linear("q_attn c_attn c_proj", "conv", "GPT-2's cross-attention"),
-    linear("c_attn c_proj", "grouped", "GPT-BigCode without multi_query",
-           when=is_bigcode_without_multi_query),
-    linear("c_attn c_proj", "conv", "ours, nanoGPT, GPT-2 (Conv1D), GPT-BigCode, Qwen 1"),
-    linear("q_proj k_proj v_proj o_proj|out_proj|dense|proj|c_proj|projection", "separate",
-           "Llama, Mistral, Qwen, Gemma, OLMo, Phi, GPT-J, GPT-Neo, OPT, BART, Whisper, CLIP, ..."),
-    linear("c_q c_k c_v c_proj", "separate", "nanochat, modded-nanogpt"),
-    linear("qkv_proj out_proj", "codegen", "CodeGen", path=r"(^|\.)h\.\d+\.attn$", when=is_codegen),
-    linear("qkv_proj o_proj|out_proj|proj", "fused", "Phi-3"),
-    linear("query_key_value dense", "fused", "ChatGLM",
-           path=r"transformer\.encoder\.layers\.\d+\.self_attention$"),
-    linear("query_key_value dense", "grouped", "GPT-NeoX, Pythia, Bloom, Falcon, Persimmon"),
-    linear("self.query self.key self.value output.dense", "separate", "BERT, RoBERTa, ELECTRA, Swin"),
-    linear("attention.query attention.key attention.value output.dense", "separate",
-           "ViT, DeiT, BEiT, DINOv2"),
-    linear("self.query_proj self.key_proj self.value_proj output.dense", "separate", "DeBERTa v2"),
-    linear("self.in_proj output.dense", "grouped", "DeBERTa"),
-    linear("attention.qkv output.dense", "fused", "TimeSformer"),
-    linear("query_proj key_proj value_proj out_proj", "separate", "ProphetNet"),
-    linear("linear_q linear_k linear_v linear_out", "separate", "Conformers of wav2vec 2, ESPnet"),
-    linear("q_lin k_lin v_lin out_lin", "separate", "DistilBERT, XLM"),
-    linear("q k v o|proj|out", "separate", "T5, MPNet"),
-    linear("query key value dense|proj|out|out_proj|output", "separate", "ALBERT, minGPT"),
-    linear("wq wk wv wo", "separate", "Meta's Llama, llama2.c"),
-    linear("Wq Wk Wv dense|Wo", "separate", "CTRL"),
-    linear("qkv proj|projection|out_proj|o_proj|out", "fused", "timm ViT, DINO, MAE, SAM, Swin, BLIP"),
-    linear("Wqkv Wo|out_proj", "fused", "MPT, ModernBERT, Nomic BERT"),
-    linear("W_pack o_proj", "fused", "Baichuan"),
-    linear("att_proj attn_out|out_proj", "fused", "OLMo 1 as AI2 saved it, Bark"),
-    linear("to_qkv to_out.0|to_out", "fused", "vit-pytorch"),
-    linear("to_q to_kv to_out.0|to_out", "fused", "vit-pytorch's cross-attention"),
-    linear("to_q to_k to_v to_out.0|to_out", "separate", "x-transformers, diffusers"),
-    Scheme("in_proj_weight out_proj.weight", "fused",
-           "torch.nn.MultiheadAttention, OpenAI's CLIP, torchvision's ViT"),
-    Scheme("q_proj_weight k_proj_weight v_proj_weight out_proj.weight", "separate",
-           "torch.nn.MultiheadAttention with kdim, vdim"),
-    Scheme("W_Q W_K W_V W_O", "lens", "TransformerLens"),
-    Scheme("W_Q _W_K _W_V W_O", "lens", "TransformerLens with grouped queries"),
-    linear("heads.{head}.query heads.{head}.key heads.{head}.value proj|out_proj|out|c_proj", "separate",
-           "one Linear per head"),
-]
 
 # ------------------------------------------------------------ modules
 
@@ -104,6 +35,7 @@ class Module(NamedTuple):
     numbers: tuple  # the numbers in the path that differ between layers: (3,)
     names: tuple    # of q, k, v, o (or qkv, o); where each head has a tensor of its own, lists of names
     scheme: Scheme
+    note: str = ""  # what the reader should know of how its tensors were found
 
     @property
     def tensor_names(self):
@@ -151,10 +83,10 @@ def find_attention(shapes, pattern="", layout="separate", config=None):
     """
     schemes = [scheme_of_pattern(pattern, layout)] if pattern else SCHEMES
     matches, incomplete = match_schemes(schemes, shapes, config or {})
-    modules = in_order(matches)
+    modules = without_foreign_keys(in_order(matches), config or {})
 
     refuse_adapters(modules, shapes)
-    refuse_incomplete(modules, incomplete)
+    refuse_incomplete(modules, incomplete, shapes)
     for module in modules:
         refuse_odd_shapes(module, shapes)
         if not pattern:
@@ -176,10 +108,11 @@ def scheme_of_pattern(pattern, layout):
 
 
 def match_schemes(schemes, shapes, config):
-    """({path: (scheme, names)} of modules, {first tensor: the missing one} of incomplete modules)."""
+    """({path: (scheme, names, note)} of modules, {first tensor: the missing one} of incomplete modules)."""
     taken = set()
     matches = {}
     incomplete = {}
+    without_output = {}  # {path: (scheme, names of all but o, the tensor that named it)}
     for scheme in schemes:
         tails = [entry.split("|") for entry in scheme.names.split()]
         first = re.escape(tails[0][0]).replace(r"\{head\}", "0")
@@ -197,11 +130,21 @@ def match_schemes(schemes, shapes, config):
                 found = first_there(path, alternatives, shapes)
                 if not found:
                     incomplete.setdefault(name, " or ".join(join(path, tail) for tail in alternatives))
+                    if alternatives is tails[-1] and scheme.families != "--pattern":
+                        without_output.setdefault(path, (scheme, names, name))
                     break
                 names.append(found)
             if len(names) == len(tails):
-                matches[path] = scheme, tuple(names)
+                matches[path] = scheme, tuple(names), ""
                 taken.update(flat(names))
+
+    of_all_heads = sorted(without_output.items(), key=lambda entry: isinstance(entry[1][1][0], str))
+    for path, (scheme, names, first_name) in of_all_heads:
+        output = "" if first_name in taken else find_output(path, scheme, names, shapes)
+        if output:
+            note = f"{output} was taken for the output projection: no other beside its q, k, v has that shape"
+            matches[path] = scheme, (*names, output), note
+            taken.update(flat(names))
 
     # a row further down may have taken what is incomplete by a row above
     incomplete = {name: lacks for name, lacks in incomplete.items() if name not in taken}
@@ -222,6 +165,42 @@ def first_there(path, alternatives, shapes):
             return name
     return None
 
+
+def find_output(path, scheme, names, shapes):
+    """The one matrix beside q, k, v that has the shape of their output projection, else an empty string.
+
+    Beside: in the module `path`, or else in the module around it, unless that is a whole block.
+    """
+    wanted = output_shapes(scheme, names, shapes)
+    around = path.rpartition(".")[0]
+    places = [path] if not around or re.fullmatch(r"(.*\.)?\d+", around) else [path, around]
+    for place in places:
+        found = []
+        for name in shapes:
+            is_other = name in flat(names) or re.search(NO_PROJECTION, name, re.I)
+            if name.startswith(join(place, "")) and tuple(shapes[name]) in wanted and not is_other:
+                found.append(name)
+        if found:
+            return found[0] if len(found) == 1 else ""
+    return ""
+
+
+def output_shapes(scheme, names, shapes):
+    """The shapes that the output projection of these q, k, v may have."""
+    first = names[0][0] if isinstance(names[0], list) else names[0]
+    rows, d = shapes[first][0], shapes[first][-1]
+    if scheme.layout == "lens":
+        H, a, b = (*shapes[first], 0, 0)[:3]
+        return {(H, a, b), (H, b, a), (b, H * a)} - {shapes[first]} | {shapes[first]}
+    if isinstance(names[0], list):
+        values = names[-1]
+        return {(d, sum(shapes[name][0] for name in values))}
+    if scheme.layout == "conv" and rows < d:
+        return {(rows, rows)}
+    if len(names) == 1:  # qkv; keys that queries share leave its share open
+        return {(d, rows // 3)} if len(shapes[first]) == 2 and rows % 3 == 0 else {(d, shapes[first][-2])}
+    return {(d, rows)}
+
 # ------------------------------------------------------------ stacks and layers
 
 # what attends to something else
@@ -230,7 +209,7 @@ STACK_ORDER = ("encoder", "text", "decoder", "vision", "cross")
 
 
 def in_order(matches):
-    """Attention modules {path: (scheme, names)} as a list of Module, stack by stack, layer by layer.
+    """Attention modules {path: (scheme, names, note)} as a list of Module, stack by stack, layer by layer.
 
     Paths that differ only in their numbers are a stack. The number that varies within it is the layer. Where
     several vary (Swin's stages and blocks), layers are counted through:
@@ -250,7 +229,7 @@ def in_order(matches):
         if not varying and columns:  # one layer: its first number
             varying = [0]
         for count, path in enumerate(sorted(paths, key=numbers.get)):
-            scheme, names = matches[path]
+            scheme, names, note = matches[path]
             chosen = tuple(numbers[path][i] for i in varying)
             layer = chosen[0] if len(chosen) == 1 else count
             block = ""
@@ -258,7 +237,7 @@ def in_order(matches):
                 starts = [match.start() for match in re.finditer(NUMBER, path)]
                 block = path[:starts[varying[0]]]
             stack = labels[template] if len(stacks) > 1 else ""
-            modules.append(Module(stack, layer, path, block, chosen, names, scheme))
+            modules.append(Module(stack, layer, path, block, chosen, names, scheme, note))
 
     def place(module):
         known = module.stack in STACK_ORDER
@@ -294,6 +273,9 @@ def stack_labels(templates):
 
 # ------------------------------------------------------------ refusals and remarks
 
+# matrices in an attention module that project nothing
+NO_PROJECTION = r"norm|emb|bias_table|relative|rel_pos|tril|mask|lora|(^|[._])(ln|bias)([._]|$)"
+
 ADAPTER = r"\.(lora_\w+|base_layer|modules_to_save)(\.|$)"
 REPARAMETRISED = r"\.(parametrizations\..*|weight_[gv])$"  # torch.nn.utils.parametrize, weight_norm
 
@@ -308,25 +290,92 @@ def refuse_adapters(modules, shapes):
             raise UserError(f"{name} changes what {weight} is: merge the adapter into the weights first")
 
 
-def refuse_incomplete(modules, incomplete):
-    """Raises UserError for an incomplete module named like the complete ones, or where none is complete."""
+def without_foreign_keys(modules, config):
+    """The modules without those whose keys and values another layer makes, whatever is stored for them.
+
+    Gemma 3n and 4: the last num_kv_shared_layers of the text's layers.
+    """
+    shared, layers = told(config, "num_kv_shared_layers"), told(config, "num_hidden_layers")
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        layers = text.get("num_hidden_layers", layers)
+    if type(shared) is not int or type(layers) is not int or shared < 1:
+        return modules
+
+    def own(module):
+        is_text = kind_of(module.path) in ("", "text", "decoder")
+        return not is_text or module.layer < layers - shared
+
+    return [module for module in modules if own(module)]
+
+
+def refuse_incomplete(modules, incomplete, shapes):
+    """Raises UserError for an incomplete module named like the complete ones, or where none is complete.
+
+    A layer with neither keys nor values of its own shares those of another layer: it is left out.
+    """
     templates = tuple(re.sub(NUMBER, "#", module.path) + "." for module in modules)
     for name, lacks in incomplete.items():
+        if modules and has_no_keys(name, shapes):
+            continue
         if not modules or re.sub(NUMBER, "#", name).startswith(templates):
             raise UserError(f"attention with {name} lacks {lacks}")
 
 
+def has_no_keys(q, shapes):
+    """Whether a q_proj stands beside an o_proj alone."""
+    path = q.removesuffix("q_proj.weight")
+    beside = {name.removeprefix(path) for name in shapes if name.startswith(path)}
+    keys = {"k_proj.weight", "v_proj.weight"}
+    return q.endswith("q_proj.weight") and "o_proj.weight" in beside and not keys & beside
+
+
 def refuse_odd_shapes(module, shapes):
     """Raises UserError for a tensor that is no weight."""
-    dims = 3 if module.scheme.layout == "lens" else 2
+    layout = module.scheme.layout
+    if layout == "lens":
+        refuse_odd_output(module, shapes)
     for name in module.tensor_names:
-        if len(shapes[name]) != dims or 0 in shapes[name]:
-            raise UserError(f"{name} has shape {tuple(shapes[name])}: no weight of attention heads "
+        shape = tuple(shapes[name])
+        allowed = (3,) if layout == "lens" else (2,)
+        if layout == "lens" and name == module.names[-1]:
+            allowed = (2, 3)
+        if layout == "fused" and len(shape) == 3 and shape[0] == 3:  # q, k, v one behind the other
+            allowed = (3,)
+        if len(shape) not in allowed or 0 in shape:
+            raise UserError(f"{name} has shape {shape}: no weight of attention heads "
                             "(a placeholder of a sharded checkpoint?)")
 
 
+def refuse_odd_output(module, shapes):
+    """Raises UserError for a W_O of two dimensions that does not fit, or that fits both ways."""
+    q, o = (tuple(shapes[name]) for name in (module.names[0], module.names[-1]))
+    if len(q) != 3 or len(o) != 2:
+        return
+    H, r, d = q if q[1] < q[2] else (q[0], q[2], q[1])
+    out_by_in = q[1] < q[2]
+    if not out_by_in and d == H * r:
+        raise UserError(f"{module.names[-1]} {o} beside {module.names[0]} {q}: which of its sides are the "
+                        "heads is not told; store it as (head, d_head, d_model)")
+    if o != ((d, H * r) if out_by_in else (H * r, d)):
+        raise UserError(f"{module.names[-1]} {o} does not fit {module.names[0]} {q}")
+
+
 def refuse_unknown_order(module, shapes):
-    """Raises UserError for models of timm that share the ViT's names and stack q, k, v otherwise."""
+    """Raises UserError for models that share names with others and stack q, k, v otherwise."""
+    if module.scheme.layout == "separate" and len(module.names) == 4 and isinstance(module.names[0], str):
+        q, k, v, o = (tuple(shapes[name]) for name in module.names)
+        if gate_beside_query(q, k, v, o):
+            raise UserError(f"{module.names[0]} {q} has twice the rows that {module.names[-1]} {o} takes: "
+                            "queries and a gate, in an order that names do not tell; where each head's query "
+                            "is followed by its gate, give --pattern and --layout=gated")
+    beside = {name.removeprefix(f"{module.path}.") for name in shapes if name.startswith(f"{module.path}.")}
+    if any(re.match(r"(self\.)?lambda_[qk]\d?", name) for name in beside):
+        raise UserError(f"{module.path}: differential attention, whose heads share values two by two: "
+                        "there is no P W_V of a single head")
+    if re.search(r"channel_(attn|block)", module.path) or "temperature" in beside:
+        raise UserError(f"{module.path}: attention between channels (DaViT, Florence-2, XCiT), not between "
+                        "tokens: it has no W_K^T W_Q of heads; --pattern chooses other layers")
     is_tinyvit = f"{module.path}.attention_biases" in shapes
     is_maxvit = re.search(r"attn_(block|grid)", module.path)
     if module.scheme.names.startswith("qkv.weight") and (is_tinyvit or is_maxvit):
@@ -363,22 +412,37 @@ def left_out(modules, shapes):
     others = []
     for name, shape in shapes.items():
         is_weight = len(shape) == 2 and re.search(r"(weight|W_\w)$", name)
-        is_attention = re.search(r"attn|attention", name, re.I)
-        is_other = re.search(r"norm|emb|bias_table|relative", name, re.I)
-        in_module = name in known or name.startswith(paths)
-        if is_weight and is_attention and not is_other and not in_module:
+        is_attention = re.search(r"attn|attention", name, re.I) or name.startswith(paths)
+        is_other = name in known or re.search(NO_PROJECTION, name, re.I)
+        if is_weight and is_attention and not is_other:
             others.append(name)
 
-    remarks = []
+    remarks = list(dict.fromkeys(module.note for module in modules if module.note))
+    if len(remarks) > 1:
+        remarks = [f"{remarks[0]}; so for {len(remarks) - 1} other modules"]
+    if any(module.scheme.layout == "mla" for module in modules):
+        remarks.append("latent attention: QK is W_UK^T W_UQ of each head, between the latents of keys and "
+                       "queries; the rotary part of the heads is left out")
     if others:
         remarks.append(f"left out: {len(others)} tensors that look like attention, "
                        f"such as {others[0]} {tuple(shapes[others[0]])}")
     for stack in dict.fromkeys(module.stack for module in modules):
-        layers = {module.layer for module in modules if module.stack == stack}
-        missing = (layer for layer in range(max(layers)) if layer not in layers)
+        own = [module for module in modules if module.stack == stack]
+        layers = {module.layer for module in own}
+        last = max(layers | blocks_of(own[0], shapes))
+        missing = (layer for layer in range(last + 1) if layer not in layers)
         missing = list(itertools.islice(missing, 13))  # a name may tell layer 10**12
         if missing:
             listed = ", ".join(map(str, missing[:12]))
             dots = " ..." if len(missing) > 12 else ""
             remarks.append(f"{stack} layers {listed}{dots}: no attention known".strip())
     return remarks
+
+
+def blocks_of(module, shapes):
+    """The numbers of the blocks beside a module's own, whether or not they hold attention."""
+    if not module.block or len(module.numbers) != 1:
+        return set()
+    start = re.compile(re.escape(module.block) + r"(\d{1,6})\.")
+    matches = map(start.match, shapes)
+    return {int(match[1]) for match in matches if match}

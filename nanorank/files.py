@@ -17,6 +17,7 @@ from collections import Counter
 import torch
 
 from nanorank.errors import UserError
+from nanorank.foreign_files import what_file_is, what_pickle_holds
 
 try:
     import fcntl
@@ -140,6 +141,12 @@ def load_pt(path, device="cpu", mmap=False, verify=True):
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except Exception as error:  # torch raises a dozen kinds for truncated, foreign and malicious files
+        known = what_file_is(path)
+        if known:
+            raise UserError(f"{path}: {known}") from None
+        known = what_pickle_holds(path)
+        if known:
+            raise UserError(f"{path}: no checkpoint of plain tensors: {known}") from None
         reason = why_not(str(error))
         raise UserError(f"{path}: damaged, or not a checkpoint of plain tensors{reason}") from None
 
@@ -148,7 +155,7 @@ def why_not(message):
     """The reason in brackets from the message of torch or of a check below, else an empty string."""
     lines = message.splitlines() or [""]
     reason = lines[0][:150]
-    if "weights_only" in reason:  # torch advises to load such a file unsafely
+    if re.search("weights_only|trust|unsafe", message):  # torch advises to load such a file unsafely
         code = re.search(r"(?:GLOBAL|global) ([\w.]+)", message)
         reason = f"it would run {code[1]}" if code else ""
     return f" ({reason})" if reason else ""
@@ -198,6 +205,8 @@ def check_tensors(raw, size, record_sizes, most_levels=100, most_items=10**6):
 
 
 def check_tensor(x, size):
+    if type(x).__name__ in ("DTensor", "ShardedTensor"):
+        raise UserError("tensors that are shards of one process")
     if x.layout != torch.strided or x.is_quantized or x.is_nested or x.is_meta:
         raise UserError("a tensor that is sparse, quantized, nested or without data: "
                         "dequantise or densify it first")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from nanorank.errors import UserError
+from nanorank.layouts import LAYOUTS, UNSTACK
 
 
 class AttentionLayer(NamedTuple):
@@ -25,20 +26,6 @@ class AttentionLayer(NamedTuple):
     W_V: torch.Tensor  # (H, r, d)
     P: torch.Tensor    # (H, d, r)
 
-
-# how the heads lie in the weights of q, k, v and the output projection o
-LAYOUTS = {
-    "separate": "q, k, v, o each a Linear's weight, out x in, heads contiguous "
-                "(with {head} in a name: one Linear per head)",
-    "fused": "q, k and v (or k and v) stacked on top of each other in one weight, out x in, "
-             "heads contiguous in each",
-    "conv": "as fused, or the transpose of it, told by which side is longer (GPT-2's Conv1D is in x out)",
-    "grouped": "per key/value head: its queries, its key, its value, then the next; "
-               "one query head each: interleaved per head",
-    "lens": "(head, d_model, d_head) for q, k, v and (head, d_head, d_model) for o, "
-            "or the older order with the last two exchanged",
-    "codegen": "four blocks of queries, values, keys",
-}
 
 # ------------------------------------------------------------ paths
 
@@ -108,16 +95,15 @@ def heads_of(module, shapes, configs=(), n_head=0, n_kv_head=0, d_head=0):
     o = module.names[-1]
     transposed = module.scheme.layout == "conv" and shapes[q][0] < shapes[q][1]  # GPT-2's Conv1D is in x out
     o_out, o_in = shapes[o][::-1] if transposed else shapes[o]
-    q_in = shapes[q][0 if transposed else 1]
+    q_in = shapes[q][0 if transposed else -1]
 
     for source, config in dict(configs).items():
         if config.get("pruned_heads"):
             raise UserError(f"{source} has pruned_heads: which heads are left of {q} is not known; "
                             "save the model unpruned")
         by_config = heads_in_config(config, module, widths={o_out, q_in})
-        size = re.match(TIMM, str(config.get("architecture", "")))
-        if by_config == 0 and size:
-            by_config = TIMM_HEADS.get((size[1], o_out), 0)
+        if by_config == 0:
+            by_config = heads_of_timm(config, o_out)
         if by_config > 0:
             if by_shape and by_shape != by_config:
                 raise UserError(f"{source} says {by_config} heads, the shapes beside {q} say {by_shape}")
@@ -134,8 +120,19 @@ def heads_of(module, shapes, configs=(), n_head=0, n_kv_head=0, d_head=0):
     if n_kv_head and module.scheme.layout == "separate" and shapes[k][0] % n_kv_head == 0:
         r = shapes[k][0] // n_kv_head
         return shapes[q][0] // r, "--n_kv_head"
+    stack = f", or --stack_heads={module.stack}:N where stacks differ" if module.stack else ""
     raise UserError(f"nothing says how many heads {q} {tuple(shapes[q])} holds "
-                    "(no config of its own, arguments or telling shapes); give --n_head or --d_head")
+                    "(no config of its own, arguments or telling shapes); "
+                    f"give --n_head or --d_head{stack}")
+
+
+def heads_of_timm(config, width):
+    """Heads by timm's name of an architecture in a config, a checkpoint or its arguments, else 0."""
+    for key in ("architecture", "arch", "model"):
+        size = re.match(TIMM, str(config.get(key, "")))
+        if size:
+            return TIMM_HEADS.get((size[1], width), 0)
+    return 0
 
 
 def heads_in_config(config, module, widths):
@@ -180,6 +177,8 @@ def heads_in_one(config, module, widths):
         side = "encoder" if kind == "encoder" and module.stack != "cross" else "decoder"
         keys = (f"{side}_attention_heads", f"{side}_num_attention_heads", f"num_{side}_attention_heads",
                 *HEAD_KEYS)
+    words = dict.fromkeys(part.split("_")[0] for part in module.path.split("."))
+    keys = (*(f"{word}_{key}" for word in words for key in keys), *keys)  # t2u_encoder_attention_heads
     values = [config[key] for key in keys if key in config]
     heads = values[0] if values else 0
 
@@ -213,12 +212,33 @@ def heads_in_shapes(module, shapes):
         if is_bias and len(shape) == 2:
             return shape[1]
 
-    if module.scheme.layout == "separate":
+    if module.scheme.layout == "mla":
+        return heads_of_latents(module, shapes)
+
+    if module.scheme.layout in ("separate", "gated"):
         width = shapes[q][0]
+        if module.scheme.layout == "gated":
+            width //= 2
         for tail in ("q_norm.weight", "q_layernorm.weight"):  # Qwen 3, Gemma 3: (r,); OLMo 2: (H r,)
             norm = shapes.get(join(module.path, tail), ())
             if len(norm) == 1 and norm[0] not in (0, width):
                 return width // norm[0]
+    return 0
+
+
+def heads_of_latents(module, shapes):
+    """Heads of multi-head latent attention by its shapes, 0 where these do not tell.
+
+    q has H (r + r_rope) rows, kv H (r + r_v), o H r_v columns; beside them, what makes the latent of keys and
+    values makes a rotary key of width r_rope, which all heads share.
+    """
+    q, kv, o = (shapes[name] for name in module.names)
+    for tail in ("kv_a_proj_with_mqa.weight", "wkv_a.weight", "kv_a_proj.weight"):
+        latent = shapes.get(join(module.path, tail), ())
+        r_rope = latent[0] - kv[1] if len(latent) == 2 else 0
+        rows = q[0] - kv[0] + o[1]
+        if r_rope > 0 and rows > 0 and rows % r_rope == 0:
+            return rows // r_rope
     return 0
 
 # ------------------------------------------------------------ splitting heads
@@ -272,62 +292,3 @@ def split_heads(module, tensors, n_head, n_kv_head=0):
         W_K = W_K.repeat_interleave(n_head // n, 0)
         W_V = W_V.repeat_interleave(n_head // n, 0)
     return AttentionLayer(module.stack, module.layer, W_Q, W_K, W_V, P)
-
-
-# each takes the tensors of a module and the number of heads, and returns q, k, v, o, each out x in
-
-def unstack_separate(parts, n_head):
-    return parts
-
-
-def unstack_fused(parts, n_head):
-    *q, stacked, o = parts
-    if q:  # q, kv, o
-        k, v = stacked.chunk(2)
-        return q[0], k, v, o
-    r = o.shape[1] // n_head
-    n = (stacked.shape[0] // r - n_head) // 2
-    q, k, v = stacked.split([n_head * r, n * r, n * r])
-    return q, k, v, o
-
-
-def unstack_conv(parts, n_head):
-    stacked = parts[-2]
-    if stacked.shape[0] < stacked.shape[1]:
-        parts = [part.T for part in parts]
-    return unstack_fused(parts, n_head)
-
-
-def unstack_grouped(parts, n_head):
-    qkv, o = parts
-    r = o.shape[1] // n_head
-    n = (qkv.shape[0] // r - n_head) // 2
-    qkv = qkv.reshape(n, n_head // n + 2, r, -1)  # a group: its queries, its key, its value
-    q = qkv[:, :-2].flatten(0, 2)
-    k = qkv[:, -2].flatten(0, 1)
-    v = qkv[:, -1].flatten(0, 1)
-    return q, k, v, o
-
-
-def unstack_lens(parts, n_head):
-    q, k, v, o = parts
-    if q.shape[1] >= q.shape[2]:  # (H, d, r), and o (H, r, d)
-        q, k, v, o = q.mT, k.mT, v.mT, o.mT
-    return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), o.transpose(0, 1).flatten(1)
-
-
-def unstack_codegen(parts, n_head):
-    qkv, o = parts
-    blocks = qkv.reshape(4, 3, qkv.shape[0] // 12, -1)  # four blocks of q, v, k
-    q, v, k = blocks.transpose(0, 1).flatten(1, 2)
-    return q, k, v, o
-
-
-UNSTACK = {
-    "separate": unstack_separate,
-    "fused": unstack_fused,
-    "conv": unstack_conv,
-    "grouped": unstack_grouped,
-    "lens": unstack_lens,
-    "codegen": unstack_codegen,
-}

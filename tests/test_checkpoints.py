@@ -535,3 +535,164 @@ def test_a_hub_id_fetches_only_what_is_needed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub.HfApi, "list_repo_files", unreachable)
     refused("org/model", "no such file or folder here", "Name or service not known")
+
+# ------------------------------------------------------------ what other programs leave
+
+def test_a_folder_with_a_model_of_its_own_is_that_model(tmp_path):
+    """DeepSpeed's state inside a checkpoint of the HF Trainer, alone and in a run of them."""
+    for step in (500, 1000):
+        folder = tmp_path / f"checkpoint-{step}"
+        inside = folder / f"global_step{step}"
+        inside.mkdir(parents=True)
+        save_file(llama(), folder / "model.safetensors")
+        torch.save({"x": 1}, inside / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        torch.save({"module": {}}, inside / "mp_rank_00_model_states.pt")
+        torch.save({"state": {}}, folder / "optimizer.pt")
+    assert expand([str(folder)]) == [str(folder)]
+    assert_same(heads(folder, n_head=4), list(attention_layers(llama(), 4)))
+    assert [x.step for x in open_all([str(tmp_path)])] == [500, 1000]
+    refused(folder / "optimizer.pt", "an optimizer's state", "no model")
+
+
+def test_timms_checkpoints_are_opened_by_name(tmp_path):
+    state = {"blocks.0.attn.qkv.weight": torch.randn(576, 192),
+             "blocks.0.attn.proj.weight": torch.randn(192, 192)}
+    saved = {"epoch": 3, "arch": "vit_tiny_patch16_224", "state_dict": state, "metric": 71.5}
+    for name in ("model_best.pth.tar", "model.best", "last"):
+        torch.save(saved, tmp_path / name)
+        assert len(heads(tmp_path / name)[0].W_Q) == 3
+    arguments = argparse.Namespace(model="vit_tiny_patch16_224")
+    torch.save({"state_dict": state, "args": arguments}, tmp_path / "x.tar")
+    assert len(heads(tmp_path / "x.tar")[0].W_Q) == 3
+    save_file(state, tmp_path / "model.safetensors.bak")
+    assert len(heads(tmp_path / "model.safetensors.bak", n_head=3)) == 1
+
+
+@pytest.mark.parametrize("names", ["query key value", "W_q W_k W_v", "q_proj k_proj v_proj"])
+def test_an_output_of_another_name_is_taken_and_said(names):
+    """One Linear per head; the one matrix of the output's shape is taken, of two neither."""
+    state = {}
+    for h in range(3):
+        for name in names.split():
+            state[f"blocks.0.mha.heads.{h}.{name}.weight"] = torch.randn(4, 12)
+    state["blocks.0.mha.projection.weight"] = torch.randn(12, 12)
+    (layer,) = attention_layers(state)
+    W = state["blocks.0.mha.projection.weight"]
+    assert torch.equal(layer.P, W.unflatten(1, (3, 4)).transpose(0, 1))
+    shapes = {name: tuple(p.shape) for name, p in state.items()}
+    assert "projection.weight was taken for the output" in left_out(find_attention(shapes), shapes)[0]
+    with pytest.raises(ValueError, match="lacks"):
+        list(attention_layers({**state, "blocks.0.mha.gate.weight": torch.ones(12, 12)}))
+    one = renamed(llama(n=4), ("o_proj", "fc_out"))
+    assert_same(list(attention_layers(one, 4)), list(attention_layers(llama(n=4), 4)))
+
+
+def test_early_interpretability_code(tmp_path):
+    """W_Q, W_K, W_V (head, d_head, d_model) and W_O (d_model, head * d_head)."""
+    torch.manual_seed(0)
+    for d in (12, 16):
+        W = {x: torch.randn(4, 3, d) for x in ("W_Q", "W_K", "W_V")}
+        W_O = torch.randn(d, 12)
+        state = {f"blocks.0.attn.{name}": x for name, x in {**W, "W_O": W_O}.items()}
+        (layer,) = attention_layers(state)
+        x = torch.randn(5, d)
+        q, k, v = (torch.einsum("td,hrd->htr", x, w) for w in W.values())
+        assert_heads(layer, x, q @ k.mT, v, lambda values, W_O=W_O: merge(values) @ W_O.T)
+    with pytest.raises(ValueError, match="which of its sides"):
+        state = {name: p.mT if p.ndim == 3 else torch.ones(12, 12) for name, p in state.items()}
+        list(attention_layers({name: p[:, :12] if p.ndim == 3 else p for name, p in state.items()}))
+
+
+def test_nanochat_and_modded_nanogpt(tmp_path):
+    state = renamed(llama(n=2), ("model.layers", "transformer.h"), ("self_attn", "attn"), ("q_proj", "c_q"),
+                    ("k_proj", "c_k"), ("v_proj", "c_v"), ("o_proj", "c_proj"))
+    for step in (1000, 0):
+        torch.save(state, tmp_path / f"model_{step:06d}.pt")
+        torch.save({"state": {}}, tmp_path / f"optim_{step:06d}_rank0.pt")
+        meta = {"step": step, "model_config": {"n_head": 4, "n_kv_head": 2, "n_embd": 24}}
+        (tmp_path / f"meta_{step:06d}.json").write_text(json.dumps(meta))
+    found = list(open_all([str(tmp_path)]))
+    assert [x.step for x in found] == [0, 1000] and {run_of(x.path) for x in found} == {str(tmp_path)}
+    assert_same(list(found[1].attention_layers()), list(attention_layers(llama(n=2), 4)))
+    x, qkv, out = torch.randn(5, 16), torch.randn(3, 16, 16), torch.randn(16, 16)
+    for stored in (qkv, qkv.flatten(0, 1)):
+        (layer,) = attention_layers({"blocks.0.attn.qkv_w": stored, "blocks.0.attn.c_proj.weight": out}, 4)
+        scores, values = reference(x, *(x @ qkv.flatten(0, 1).T).chunk(3, -1), 4)
+        assert_heads(layer, x, scores, values, lambda values: merge(values) @ out.T)
+
+
+def test_stacks_have_heads_of_their_own(tmp_path):
+    state = {}
+    for path, d in (("blocks", 192), ("decoder_blocks", 128)):
+        state[f"{path}.0.attn.qkv.weight"] = torch.randn(3 * d, d)
+        state[f"{path}.0.attn.proj.weight"] = torch.randn(d, d)
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    refused(tmp_path / "mae.pth", "nothing says", "--stack_heads=")
+    for word in ("encoder:3,decoder:4", "blocks:3,decoder_blocks:4"):
+        assert sorted(len(x.W_Q) for x in heads(tmp_path / "mae.pth", heads=word)) == [3, 4]
+    refused(tmp_path / "mae.pth", "no stack text", heads="text:3")
+    refused(tmp_path / "mae.pth", "expects stacks", heads="encoder")
+
+
+def test_quantised_weights_are_called_so_before_heads_are_asked_for(tmp_path):
+    path, int32, uint8 = "model.layers.0.self_attn.q_proj", torch.int32, torch.uint8
+    kinds = {
+        "gptq": {f"{path}.qweight": torch.ones(3, 24, dtype=int32), f"{path}.scales": torch.ones(1, 24)},
+        "4bit": {f"{path}.weight": torch.ones(288, 1, dtype=uint8), f"{path}.weight.absmax": torch.ones(9)},
+        "8bit": {f"{path}.weight": torch.ones(24, 24, dtype=torch.int8), f"{path}.SCB": torch.ones(24)},
+        "fp8": {f"{path}.weight": torch.ones(24, 24).to(torch.float8_e4m3fn),
+                f"{path}.weight_scale_inv": torch.ones(1, 1)},
+    }
+    for name, tensors in kinds.items():
+        others = {k: v for k, v in llama().items() if path not in k}
+        save_file({**others, **tensors}, tmp_path / f"{name}.safetensors")
+        refused(tmp_path / f"{name}.safetensors", "quantised", "dequantise")
+
+
+def test_what_a_foreign_file_is_and_the_next_step(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name in ("model.safetensors", "pytorch_model.bin", "config.json"):
+        (tmp_path / "lfs" / name).mkdir(parents=True)
+        (tmp_path / "lfs" / name / name).write_text(pointer)
+    save_file(llama(), tmp_path / "lfs" / "config.json" / "model.safetensors")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
+    (tmp_path / "page.bin").write_text("<!DOCTYPE html><html>sign in</html>")
+    (tmp_path / "none.pt").write_bytes(b"")
+    for folder, names in (("dcp", ("__0_0.distcp", ".metadata", "train_state.pt")), ("gguf", ("a.gguf",)),
+                          ("zero3", ("zero_pp_rank_0_mp_rank_00_model_states.pt",
+                                     "zero_pp_rank_1_mp_rank_00_model_states.pt"))):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_bytes(b"x")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    said = {
+        "whole.pt": ["whole pickled model", "state_dict()"],
+        "old.pt": ["whole pickled model", "state_dict()"],
+        "lfs/model.safetensors": ["git lfs pull"], "lfs/pytorch_model.bin": ["git lfs pull"],
+        "lfs/config.json": ["git lfs pull"], "a.gguf": ["GGUF", "gguf_file"], "gguf": ["GGUF", "gguf_file"],
+        "page.bin": ["web page"], "none.pt": ["empty file"], "dcp": ["dcp_to_torch"],
+        "dcp/__0_0.distcp": ["dcp_to_torch"], "zero3": ["zero_to_fp32.py"], "script.pt": ["TorchScript"],
+    }
+    for name, words in said.items():
+        refused(tmp_path / name, *words)
+        with pytest.raises(ValueError) as error:
+            heads(tmp_path / name)
+        assert not any(word in str(error.value) for word in ("weights_only", "trust"))
+
+
+def test_a_shard_of_a_distributed_tensor(tmp_path):
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+    started = not torch.distributed.is_initialized()
+    if started:
+        store = f"file://{tmp_path / 'store'}"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        state = {"layers.0.attn.q": DTensor.from_local(torch.ones(4, 4), mesh, [Replicate()])}
+        torch.save(state, tmp_path / "model_world_size_2_rank_0.pt")
+    finally:
+        if started:
+            torch.distributed.destroy_process_group()
+    refused(tmp_path / "model_world_size_2_rank_0.pt", "shard", "get_model_state_dict")

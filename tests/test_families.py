@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanorank.checkpoints import Checkpoint
-from nanorank.families import find_attention
+from nanorank.families import attention_layers, find_attention, left_out
 
 transformers = pytest.importorskip("transformers")
 
@@ -209,3 +209,87 @@ def compare(layer, x, y, weights, written):
     assert torch.allclose(scale * got, want, rtol=1e-3, atol=2e-4 * float(want.abs().max())), layer[:2]
     outputs = torch.einsum("hts,se,hre,hdr->td", weights, y, layer.W_V, layer.P)
     assert torch.allclose(outputs, written, rtol=1e-3, atol=1e-4 * float(written.abs().max())), layer[:2]
+
+# ------------------------------------------------------------ heads against the model's own projections
+
+LATENT = {**SMALL, "num_key_value_heads": 4, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
+          "kv_lora_rank": 20, "q_lora_rank": 24, "n_routed_experts": 4, "num_experts_per_tok": 2,
+          "n_group": 1,
+          "topk_group": 1, "first_k_dense_replace": 2, "head_dim": 8, "pad_token_id": 0}
+FOUR = {**WIDE, "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2}
+SHARED = {**WIDE, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+          "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 8}
+OWN_PROJECTIONS = {  # name: (config class, settings, layers that can be read)
+    "Qwen3-Next": ("Qwen3Next", FOUR, [3]),
+    "Qwen 3.5": ("Qwen3_5Text", FOUR, [3]),
+    "Gemma 3n, shared keys": ("Gemma3nText", {**SHARED, "intermediate_size": [64] * 4,
+                                              "activation_sparsity_pattern": [0.0] * 4}, [0, 1]),
+    "Gemma 4, shared keys": ("Gemma4Text", SHARED, [0, 1]),
+    "Gemma 4, keys for values": (
+        "Gemma4Text", {**SHARED, "num_kv_shared_layers": 0, "attention_k_eq_v": True}, [0, 1, 2, 3]),
+    "DeepSeek V3": ("DeepseekV3", LATENT, [0, 1]),
+    "DeepSeek V2 Lite": ("DeepseekV2", {**LATENT, "q_lora_rank": None}, [0, 1]),
+}
+
+
+@pytest.mark.parametrize("name", OWN_PROJECTIONS)
+def test_queries_keys_and_values_are_the_models_own(name, tmp_path):
+    """Each head's q, k, v as they reach the model's attention, for one token at position 0."""
+    kind, settings, layer_numbers = OWN_PROJECTIONS[name]
+    calls = {}
+
+    def attention(module, query, key, value, *args, **kwargs):
+        calls[module.layer_idx] = query[:, :, 0], key[:, :, 0], value[:, :, 0]
+        return query.new_zeros(len(query), 1, query.shape[1], value.shape[-1]), None
+
+    transformers.AttentionInterface.register("seen", attention)
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(getattr(transformers, f"{kind}Config")(**settings))
+    model.eval().set_attn_implementation("seen")
+    for module in model.modules():
+        for norm in ("q_norm", "k_norm", "v_norm"):
+            if hasattr(module, norm):
+                setattr(module, norm, torch.nn.Identity())
+    model.save_pretrained(tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    assert [module.layer for module in checkpoint.modules()] == layer_numbers
+
+    inputs = watch(model, checkpoint.modules())
+    with torch.no_grad():
+        model(input_ids=torch.randint(3, 99, (5, 1)))
+    for module, layer in zip(checkpoint.modules(), checkpoint.attention_layers()):
+        q, k, v = calls[module.layer]
+        x = inputs[module.path, "q"][0].reshape(5, -1)
+        y = inputs[module.path, "k"][0].reshape(5, -1)
+        for own, weight, z in ((q, layer.W_Q, x), (k, layer.W_K, y), (v, layer.W_V, y)):
+            own = own.repeat_interleave(len(weight) // own.shape[1], 1)[..., :weight.shape[1]]
+            assert torch.allclose(torch.einsum("bd,hrd->bhr", z, weight), own, atol=1e-5), name
+
+
+def test_linear_attention_of_minimax(tmp_path):
+    """Its qkv is (head, [q, k, v], r), as in MiniMaxLightningAttention.forward."""
+    config = transformers.MiniMaxConfig(**WIDE, num_local_experts=2)
+    model = transformers.AutoModel.from_config(config)
+    model.save_pretrained(tmp_path)
+    linear = next(layer.self_attn for layer in model.layers if hasattr(layer.self_attn, "qkv_proj"))
+    read = {layer.layer: layer for layer in Checkpoint(str(tmp_path)).attention_layers()}
+    layer = read[linear.layer_idx]
+    x = torch.randn(5, 48)
+    q, k, v = torch.split(linear.qkv_proj(x).reshape(5, 4, 48), 16, dim=-1)
+    for own, weight in ((q, layer.W_Q), (k, layer.W_K), (v, layer.W_V)):
+        assert torch.allclose(torch.einsum("bd,hrd->bhr", x, weight), own, atol=1e-6)
+
+
+def test_what_longformer_leaves_out_is_named(tmp_path):
+    model = transformers.AutoModel.from_config(transformers.LongformerConfig(**SMALL, attention_window=4))
+    model.save_pretrained(tmp_path)
+    checkpoint = Checkpoint(str(tmp_path))
+    (remark,) = left_out(checkpoint.modules(), checkpoint.shapes)
+    assert "6 tensors" in remark and "_global" in remark
+
+
+def test_a_gate_in_an_unknown_order_is_refused():
+    shapes = {"q": (2 * 24, 24), "k": (12, 24), "v": (12, 24), "o": (24, 24)}
+    state = {f"layers.0.self_attn.{x}_proj.weight": torch.randn(shape) for x, shape in shapes.items()}
+    with pytest.raises(ValueError, match="queries and a gate.*--layout=gated"):
+        list(attention_layers(state, 4))
