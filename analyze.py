@@ -264,6 +264,8 @@ def print_side_by_side(last):
 
     results = pd.DataFrame({run: pd.Series(result_of(heads), dtype=float) for run, heads in last.items()})
     names = ["attn_wd", "mlp_wd", "decay_time_constants", "test_loss", "test_ppl", "test_acc"]
+    if "test_loss" not in results.index or results.loc["test_loss"].isna().any():
+        names += ["val_loss", "val_ppl", "val_acc"]  # a data set may be without test
     results = results.reindex(names).dropna(how="all").rename({"decay_time_constants": "sum(lr)*attn_wd"})
     if len(results):
         print("\n" + results.to_string(float_format="%.4g", na_rep="-"))

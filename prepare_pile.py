@@ -7,13 +7,16 @@ Turns raw text into the token files that train_lm.py memory-maps: data/NAME/*.bi
     python prepare_pile.py --num_shards=4 --shard_index=0  # the first of four machines
 
 Sources: python (the library of this Python), packages (also the installed packages: .py, .pyi,
-.md, .rst, .txt), files and folders separated by commas (.jsonl, .jsonl.zst, .jsonl.gz, .parquet,
-.txt), or a Hugging Face dataset of such files (org/name or org/name/folder). A .txt file is one
-document; beyond 1 MiB it is cut at line ends.
+.md, .rst, .txt), files and folders separated by commas (.jsonl, .jsonl.zst, .jsonl.gz, .json.gz,
+.parquet, .txt; where there are none of those .arrow and .csv), or a Hugging Face dataset of such files
+(org/name or org/name/folder). A .txt file is one document; beyond 1 MiB it is cut at line ends. A
+byte-order mark at a file's start is dropped.
 
 Splits: val and test have files of their own if --val_source and --test_source name some, or if
 the source's file names do (train/00.jsonl.zst, val.jsonl.zst). Otherwise a hash of each
-document's text decides, so that equal texts stay together.
+document's text decides, so that equal texts stay together. Fewer than 300 .txt files are too few
+documents for that: of each long one the beginning goes to train, what follows to val and then test, cut
+behind lines; short ones stay whole. A data set without test (--test_fraction=0) trains too.
 
 Ids: tiktoken's encode_ordinary and end-of-text for each document. Lone surrogates become U+FFFD.
 
@@ -42,10 +45,10 @@ from configurator import configure
 from nanorank import shards
 from nanorank.console import StopSignal
 from nanorank.errors import UserError, user_errors
-from nanorank.files import save_json
-from nanorank.text_files import CHUNK, find_files, leave_out_twins, read_chunks, records_of, text_of
+from nanorank.text_files import CHUNK, read_chunks, records_of, text_of
+from nanorank.text_sources import find_files, leave_out_twins, split_texts
+from nanorank.token_files import Part, finish, verify
 from nanorank.tokenizer import encode, vocabulary
-from nanorank.tokens import check_crc32, read_meta
 
 # -----------------------------------------------------------------------------
 # what to read
@@ -69,6 +72,8 @@ safe_interval = 10.0        # seconds between safe points: the work that a kill 
 # -----------------------------------------------------------------------------
 
 # the settings that the ids depend on
+FEW = 300  # .txt files: fewer are too few documents to be sure that by hash each split has some
+
 MADE_WITH = ("source", "val_source", "test_source", "val_fraction", "test_fraction", "text_key",
              "max_document_mb", "tokenizer")
 
@@ -96,12 +101,14 @@ def main():
     for path in glob.glob(os.path.join(glob.escape(folder), "part_*.json")):
         shards.refuse_other(folder, shards.read_json(path)["settings"], made_with)
     with shards.only_process(os.path.join(folder, f".part_{shard_index:05d}.lock"), f"part {shard_index}"):
-        part = Part(folder, made_with, dtype, files)
+        part = Part(folder, made_with, dtype, files, shard_index, safe_interval)
         stop = StopSignal()
         if not part.record["done"]:
             tokenise(part, files, stop)
         if part.record["done"]:
-            finish(folder, made_with, {"vocab_size": vocab_size, "eot": eot, "dtype": dtype})
+            own = {file.split for file in files if file.split and not file.start}
+            about = {"vocab_size": vocab_size, "eot": eot, "dtype": dtype}
+            finish(folder, made_with, own, about, shard_index)
     if not part.record["done"]:
         print(f"stopped by signal {stop.signal}; the same command goes on from here", flush=True)
         raise SystemExit(128 + stop.signal)
@@ -122,18 +129,6 @@ def check_settings():
     return made_with
 
 
-def verify(folder, made_with):
-    """Checks a finished folder: its settings, sizes and checksums. Raises UserError if one differs."""
-    meta = read_meta(folder)
-    shards.refuse_other(folder, meta.get("settings", {}), made_with)
-    fix = f"copy it again, or delete {folder} and run this again"
-    check_sizes(folder, meta, fix)
-    files = [file for split in meta["splits"].values() for file in split["files"]]
-    for file in tqdm(files, "verifying checksums", disable=None):
-        check_crc32(folder, file, fix)
-    print(f"{folder} is finished, nothing to do: {totals(meta)}")
-
-
 def find_all_files():
     """Every input file, those of val and test first, in the same order on all machines."""
     files = []
@@ -151,13 +146,18 @@ def find_all_files():
     if not files or files[-1].split:
         raise UserError(f"--source={source}: no files are left for the train split")
 
-    about = []
+    by_hash = [file for file in files if not file.split]
+    texts = [file for file in by_hash if file.name.endswith(".txt")]
+    are_few = len(texts) == len(by_hash) < FEW and source not in ("python", "packages")
+    about = [f"{len(files)} files, {sum(file.size for file in files) / 1e6:,.1f} MB"]
     for split, share in shares(files).items():
         n = sum(file.split == split for file in files)
-        about.append(f"{split}: {n} of the files" if n else f"{split}: {share:.1%} of documents by hash")
-    size = sum(file.size for file in files)
-    print(f"{len(files)} files, {size / 1e6:,.1f} MB; {', '.join(about)}", flush=True)
-    return files
+        if n:
+            about.append(f"{split}: {n} of the files")
+        elif share:
+            about.append(f"{split}: {share:.1%} of " + ("the .txt files" if are_few else "documents by hash"))
+    print("; ".join(about), flush=True)
+    return split_texts(files, shares(files)) if are_few else files
 
 
 def shares(files):
@@ -250,116 +250,6 @@ def encode_chunk(chunk, tokenizer, dtype, share, text_key, max_bytes):
     for split, some in texts.items():
         encoded[split] = len(some), encode(some, tokenizer).astype(little_endian).tobytes()
     return encoded, {reason: (len(numbers), numbers[:shards.NAMED]) for reason, numbers in bad.items()}
-
-
-# -----------------------------------------------------------------------------
-# ids to files
-
-class Part(shards.RecordedFiles):
-    """The token files of one process, and how far in the input they reach."""
-
-    def __init__(self, folder, made_with, dtype, inputs):
-        self.dtype = dtype
-        self.inputs = inputs
-        splits = {split: {"tokens": 0, "documents": 0, "files": []} for split in shards.SPLITS}
-        record = {"settings": made_with, "done": False, "file": 0, "chunk": 0, "sizes": 0, "bad_records": {},
-                  "splits": splits}
-        super().__init__(os.path.join(folder, f"part_{shard_index:05d}.json"), record, safe_interval)
-        if self.record["sizes"] != self.sizes():
-            raise UserError(f"files of --source={source} that were read already have changed: "
-                            f"delete {folder} to begin anew")
-
-    def n_bytes(self, file):
-        return file["tokens"] * np.dtype(self.dtype).itemsize
-
-    def is_full(self, file):
-        return file["tokens"] >= shard_tokens or self.record["done"]
-
-    def tokens(self):
-        return sum(split["tokens"] for split in self.record["splits"].values())
-
-    def sizes(self):
-        """Checksum of the sizes of the input files that are done with."""
-        sizes = [file.size for file in self.inputs[:self.record["file"]]]
-        return zlib.crc32(repr(sizes).encode()) if sizes else 0
-
-    def add(self, encoded, bad, file_number, chunk_number):
-        """Appends the results of a chunk."""
-        full = False
-        for split, (documents, ids) in encoded.items():
-            entry = self.record["splits"][split]
-            files = entry["files"]
-            if not files or self.is_full(files[-1]):
-                part = f"part{shard_index:03d}_" if num_shards > 1 else ""
-                name = f"{split}_{part}{len(files):05d}.bin"
-                files.append({"name": name, "tokens": 0, "crc32": "00000000"})
-                self.begin(files[-1])
-            self.append(files[-1], ids)
-            tokens = len(ids) // np.dtype(self.dtype).itemsize
-            files[-1]["tokens"] += tokens
-            entry["tokens"] += tokens
-            entry["documents"] += documents
-            full = full or self.is_full(files[-1])
-        path = self.inputs[file_number].path
-        for reason, (count, numbers) in bad.items():
-            places = [f"{path}:{number}" for number in numbers]
-            shards.add_bad(self.record["bad_records"], reason, count, places)
-        self.record["file"] = file_number
-        self.record["chunk"] = chunk_number
-        if full or self.is_due():
-            self.save()
-
-    def save(self):
-        self.record["sizes"] = self.sizes()
-        super().save()
-
-
-def finish(folder, made_with, about):
-    """Writes meta.json if all parts are done; it is the same whichever part does it."""
-    paths = [os.path.join(folder, f"part_{i:05d}.json") for i in range(num_shards)]
-    parts = [shards.read_json(path) if os.path.exists(path) else {"done": False} for path in paths]
-    missing = [str(i) for i, part in enumerate(parts) if not part["done"]]
-    if missing:
-        print(f"part {shard_index} is done; not yet --shard_index={','.join(missing)}. "
-              f"If those run elsewhere, copy their files into {folder} and run any part again")
-        return
-
-    meta = {"tokenizer": made_with["tokenizer"], **about, "source": source, "checksum": "crc32",
-            "splits": {}, "bad_records": {}, "settings": made_with}
-    for split in shards.SPLITS:
-        entry = {"tokens": 0, "documents": 0, "files": []}
-        for part in parts:
-            for name in entry:
-                entry[name] += part["splits"][split][name]
-        meta["splits"][split] = entry
-    for part in parts:
-        for reason, bad in part["bad_records"].items():
-            shards.add_bad(meta["bad_records"], reason, bad["count"], bad["first"])
-
-    bad = shards.bad_line(meta["bad_records"])
-    if not any(split["documents"] for split in meta["splits"].values()):
-        for path in paths:  # so that another try may have other settings
-            os.unlink(path)
-        raise UserError(f"no documents in --source={source}{bad}")
-    check_sizes(folder, meta, "copy it again")
-    save_json(os.path.join(folder, "meta.json"), meta)
-    print(f"{folder} is finished: {totals(meta)}{bad}")
-    empty = [split for split in shards.SPLITS if not meta["splits"][split]["tokens"]]
-    if empty:
-        print(f"note: no document fell to {' and '.join(empty)}; "
-              "--val_fraction, --test_fraction, --val_source, --test_source say which do")
-
-
-def check_sizes(folder, meta, fix):
-    itemsize = np.dtype(meta["dtype"]).itemsize
-    for split in meta["splits"].values():
-        for file in split["files"]:
-            shards.check_size(os.path.join(folder, file["name"]), file["tokens"] * itemsize, fix)
-
-
-def totals(meta):
-    return ", ".join(f"{name} {split['tokens']:,} tokens of {split['documents']:,} documents"
-                     for name, split in meta["splits"].items())
 
 
 if __name__ == "__main__":

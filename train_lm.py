@@ -26,7 +26,7 @@ from nanorank.flops import flops_per_token
 from nanorank.run import Run
 from nanorank.run_folder import make_data
 from nanorank.tasks import TASKS, TaskSplit
-from nanorank.tokens import TokenSplit, prefetch
+from nanorank.tokens import TokenSplit, held_out, open_splits, prefetch
 from nanorank.watch import attention_ranks, group_norms
 
 # -----------------------------------------------------------------------------
@@ -84,7 +84,7 @@ wandb_run_name = ""             # empty: out_dir
 
 
 def open_data(run):
-    """{"train", "val", "test": TokenSplit or TaskSplit}. Data of the demo are made on first use."""
+    """{"train", "val", perhaps "test": TokenSplit or TaskSplit}. Data of the demo are made on first use."""
     if dataset in TASKS:  # made, not read
         return {split: TaskSplit(dataset, split, block_size) for split in ("train", "val", "test")}
     folder = os.path.join(data_dir, dataset)
@@ -92,7 +92,7 @@ def open_data(run):
         flags = ["--source=python", f"--dataset={dataset}", f"--data_dir={data_dir}"]
         make_data(folder, "prepare_pile.py", *flags)
     run.barrier()
-    return {split: TokenSplit(folder, split, block_size) for split in ("train", "val", "test")}
+    return open_splits(lambda split: TokenSplit(folder, split, block_size))
 
 
 def train_batches(split, run, start):
@@ -153,7 +153,7 @@ def evaluate(net, split, run, n_rows=None):
 def evaluate_all(net, data, run):
     """Loss and perplexity of the whole val and test splits: {"val_loss", "val_ppl", "test_loss", ...}."""
     result = {}
-    for split in ("val", "test"):
+    for split in held_out(data):
         values = evaluate(net, data[split], run)
         values["ppl"] = math.exp(values["loss"]) if values["loss"] < 700 else math.inf
         result.update({f"{split}_{name}": x for name, x in values.items()})

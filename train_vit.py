@@ -31,7 +31,7 @@ from nanorank.images import ImageSplit, centre_crops, mean_and_std
 from nanorank.rng import shuffled
 from nanorank.run import Run
 from nanorank.run_folder import make_data
-from nanorank.tokens import prefetch
+from nanorank.tokens import held_out, open_splits, prefetch
 from nanorank.watch import attention_ranks, group_norms
 
 # -----------------------------------------------------------------------------
@@ -102,13 +102,13 @@ wandb_run_name = ""             # empty: out_dir
 
 
 def open_data(run):
-    """{"train", "val", "test": ImageSplit}. Data of the demo are made on first use."""
+    """{"train", "val", "test": ImageSplit}, perhaps without test. Data of the demo are made on first use."""
     folder = os.path.join(data_dir, dataset)
     if dataset == "digits":
         flags = ["--source=digits", f"--dataset={dataset}", f"--data_dir={data_dir}"]
         make_data(folder, "-m", "scripts.prepare_imagenet", *flags)
     run.barrier()
-    return {split: ImageSplit(folder, split) for split in ("train", "val", "test")}
+    return open_splits(lambda split: ImageSplit(folder, split))
 
 
 def sample_numbers(step, micro_step, run):
@@ -197,7 +197,7 @@ def evaluate(net, split, run, n_images=None):
 def evaluate_all(net, data, run):
     """Loss and accuracies of the whole val and test splits: {"val_loss", "val_acc", "test_loss", ...}."""
     result = {}
-    for split in ("val", "test"):
+    for split in held_out(data):
         values = evaluate(net, data[split], run)
         result.update({f"{split}_{name}": x for name, x in values.items()})
     run.print_values("whole splits:", result)

@@ -126,15 +126,16 @@ def is_block(module):
     return re.fullmatch(re.escape(module.block) + r"\d+", module.path) is not None
 
 
-def attention_layers(tensors, n_head=0, configs=()):
+def attention_layers(tensors, n_head=0, configs=(), pattern="", layout="separate"):
     """Yields the AttentionLayer of each layer of a state dict, {name: tensor}, in order.
 
     n_head: heads per layer, where neither configs, {source: dict}, nor the shapes tell.
+    pattern, layout: as in find_attention.
     Raises UserError where no attention is found, and where nothing tells the number of heads.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = next(iter(dict(configs).values()), None)
-    for module in find_attention(shapes, config=config):
+    for module in find_attention(shapes, pattern, layout, config):
         heads, _ = heads_of(module, shapes, configs, n_head)
         yield split_heads(module, tensors, heads)
 

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from nanorank.console import StopSignal
 from nanorank.errors import UserError
 from nanorank.shards import SPLITS, run_in_order
-from nanorank.text_files import HUB_ID, cut_short, find_files, first_line, need, open_input, split_in_name
+from nanorank.text_files import cut_short, first_line, need, open_input
+from nanorank.text_sources import HUB_ID, find_files, split_in_name
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CHUNK = 64  # images in a chunk
@@ -207,7 +208,8 @@ def check_classes(places, label, source):
             folder, its_class = min(strange.items())
             which = f"class {its_class!r}, which train has not" if its_class else "no class"
             raise UserError(f"{source}: {folder} holds {split} images of {which}; "
-                            "expects a folder per class, named as in train")
+                            "expects a folder per class, named as in train, or --source=TRAIN with "
+                            "--val_source=VAL --val_labels=FILE")
 
 # -----------------------------------------------------------------------------
 # .parquet files

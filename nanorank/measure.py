@@ -1,7 +1,5 @@
 """
 Every attention head of a checkpoint measured: the rows of heads.csv and spectra.csv.
-
-    rows, spectra = head_rows(ckpt, device)
 """
 from nanorank.errors import UserError
 from nanorank.prefetch import read_ahead
@@ -11,7 +9,6 @@ from nanorank.spectra import factors_of, gaussian_nuclear, measure
 def head_rows(ckpt, device, threshold=0.95, exact=False, done=lambda part: None):
     """(rows of heads.csv, rows of spectra.csv) of a checkpoint, a dict for each head and product.
 
-    threshold, exact: see spectra.measure. done(part) is called as parts of the work are done.
     Raises UserError for NaN or inf, naming checkpoint, layer, product and head.
     """
     rows, spectra = [], []
@@ -26,17 +23,9 @@ def head_rows(ckpt, device, threshold=0.95, exact=False, done=lambda part: None)
 
             # the nuclear norm of random factors of norm 1 of the same shapes
             baseline = gaussian_nuclear(A.shape[-2], B.shape[-2], A.shape[-1])
-
             for head, values in enumerate(s.tolist()):
-                key = {
-                    "checkpoint": ckpt.path,
-                    "step": ckpt.step,
-                    "stack": layer.stack,
-                    "layer": layer.layer,
-                    "head": head,
-                    "product": product,
-                    "d_head": A.shape[-1],
-                }
+                key = {"checkpoint": ckpt.path, "step": ckpt.step, "stack": layer.stack,
+                       "layer": layer.layer, "head": head, "product": product, "d_head": A.shape[-1]}
                 row = {name: column[head] for name, column in metrics.items()}
                 half = row["half_sq_norm"]
                 random = baseline * row["norm_A"] * row["norm_B"]

@@ -11,25 +11,17 @@ import numpy as np
 
 from nanorank.checkpoints import run_of
 from nanorank.errors import UserError
-from nanorank.families import is_block
+from nanorank.groups import NORM, places
 from nanorank.prefetch import read_ahead
 
-CURVES = {
-    "t": lambda t: t,
-    "sqrt(t)": np.sqrt,
-    "t^(1/4)": lambda t: t**0.25,
-    "log(t)": np.log,
-}
-NORM = r"norm|(^|[._])ln([._\d]|$)"  # parameters of normalisation layers
-ATTENTION = r"attn|attention|EncDec"
+CURVES = {"t": lambda t: t, "sqrt(t)": np.sqrt, "t^(1/4)": lambda t: t**0.25, "log(t)": np.log}
 
 
 def norm_rows(checkpoint, previous, done=lambda part: None):
     """The rows of norms.csv for one checkpoint, a dict for each group of parameters.
 
-    previous: the checkpoint before it in its run, or None. cos_prev, the cosine between the two, is
-    over the tensors that have the same shape in both. Scalars are left out; tied weights count once.
-    done(part) is called as parts of the work are done. Raises UserError for NaN or inf, naming the tensor.
+    cos_prev: the cosine to `previous`, the checkpoint before it in its run or None, over the tensors of the
+    same shape. Tied weights count once. Raises UserError for NaN or inf, naming the tensor.
     """
     groups = groups_of(checkpoint)
     shapes = checkpoint.shapes
@@ -52,14 +44,9 @@ def norm_rows(checkpoint, previous, done=lambda part: None):
 
     rows = []
     for group, (pp, pq, qq, shared, n) in sums.items():
-        rows.append({
-            "checkpoint": checkpoint.path,
-            "step": checkpoint.step,
-            "group": group,
-            "norm": float(pp**0.5),
-            "parameters": int(n),
-            "cos_prev": float(pq / (shared * qq) ** 0.5) if shared * qq else "",
-        })
+        cosine = float(pq / (shared * qq) ** 0.5) if shared * qq else ""
+        rows.append({"checkpoint": checkpoint.path, "step": checkpoint.step, "group": group,
+                     "norm": float(pp**0.5), "parameters": int(n), "cos_prev": cosine})
     return rows
 
 
@@ -71,40 +58,11 @@ def groups_of(checkpoint):
         transformer.h.3.ln_1.weight           all, layer_3
         transformer.wte.weight                all, embed
 
-    attn: in an attention module; mlp: elsewhere in a block; embed: in no block. Parameters of norms are
-    in none of these three. Layers of several stacks are told apart: encoder_layer_3, decoder_layer_3.
+    attn: in an attention module; mlp: elsewhere in a block; embed: in no block; norms are in none. Layers
+    of several stacks are told apart: encoder_layer_3, decoder_layer_3.
     """
-    modules = checkpoint.modules()
-    attention = []   # beginnings of the names of attention's parameters
-    blocks = {}      # {beginning of the names in a block, a regular expression: prefix of its layer's name}
-    side_lists = {}  # the same for attentions.3, ffns.3, layer_norm1.3: lists side by side, no blocks
-    for module in modules:
-        prefix = f"{module.stack}_" if module.stack not in ("", "cross") else ""
-        if module.block:
-            blocks.setdefault(re.escape(module.block) + r"(\d+)\.", prefix)
-        if not is_block(module):
-            attention.append(f"{module.path}.")
-            continue
-        for names in module.names:
-            names = [names] if isinstance(names, str) else names
-            attention += [name.removesuffix("weight") for name in names]
-        if "." in module.path:
-            parent = module.block.rstrip(".").rpartition(".")[0]
-            side_lists[re.escape(parent) + r"\.?\w+\.(\d+)\."] = prefix
-    own_modules = not any(is_block(module) for module in modules)
-
     groups = {}
-    for name in checkpoint.parameters():
-        layer, longest = None, 0
-        for start, prefix in {**blocks, **side_lists}.items():
-            match = re.match(start, name)
-            if match and len(match[0]) >= longest:
-                layer, longest = f"{prefix}layer_{match[1]}", len(match[0])
-
-        kind = "embed" if layer is None else "mlp"
-        if name.startswith(tuple(attention)) or (own_modules and re.search(ATTENTION, name, re.I)):
-            kind = "attn"
-
+    for name, (kind, layer) in places(checkpoint.parameters(), checkpoint.modules()).items():
         groups[name] = ["all"]
         if not re.search(NORM, name, re.I):
             groups[name].append(kind)

@@ -5,16 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def read_ahead(read, items):
-    """Yields read(item) for each item of a list; a thread reads the next one meanwhile.
-
-    At most two results are in memory: the one in use and the next.
-    """
+    """Yields read(item) for each item; a thread reads the next one meanwhile: two results are in memory."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(read, items[0]) if items else None
-        for item in items[1:]:
-            ready = coming.result()
+        coming = None
+        for item in items:
+            ready = coming
             coming = thread.submit(read, item)
-            yield ready
+            if ready:
+                yield ready.result()
             del ready  # let go before waiting for the next
-        if items:
+        if coming:
             yield coming.result()

@@ -436,7 +436,7 @@ class Run:
 
     def finish_eval(self, result):
         """Ends --eval_only: writes eval.json."""
-        if not math.isfinite(result["val_loss"] + result["test_loss"]):
+        if not math.isfinite(result["val_loss"] + result.get("test_loss", 0.0)):
             raise UserError(f"{self.init_path}: its loss is not finite: weights that are damaged, "
                             f"or overflow {self.dtype}")
         if self.master_process:
@@ -463,7 +463,8 @@ class Run:
             "torch": torch.__version__,
         }
         test = {name: x for name, x in result.items() if name.startswith("test_")}
-        self.log(self.max_iters, **test)
+        if test:  # there may be no test split
+            self.log(self.max_iters, **test)
         if self.master_process:
             save_json(os.path.join(self.out_dir, "result.json"), result)
         self.print(f"{attention:.2f} decay time constants on attention, {time_left(self.seconds)} of "

@@ -140,8 +140,7 @@ class RecordedFiles:
         self.safe_interval = safe_interval  # seconds
         self.saved = time.monotonic()
         self.open = {}  # name: the file that is appended to
-        for stray in glob.glob(glob.escape(path) + ".tmp*"):
-            os.unlink(stray)
+        remove_strays(path)
 
         begun = os.path.exists(path)
         self.record = read_json(path) if begun else new_record
@@ -205,6 +204,12 @@ class RecordedFiles:
                     self.open.pop(file["name"]).close()
 
 
+def remove_strays(path):
+    """Removes what kills left of earlier tries to write a file. No other process may be writing it."""
+    for stray in glob.glob(glob.escape(path) + ".tmp*"):
+        os.unlink(stray)
+
+
 def read_json(path):
     try:
         with open(path, encoding="utf-8") as file:
@@ -229,9 +234,10 @@ def check_range(settings, **least):
 def refuse_other(folder, theirs, ours):
     """Raises UserError that names the first setting in which a folder begun earlier differs from this run."""
     for name, value in ours.items():
-        if theirs.get(name) != value:
+        before = theirs.get(name, "")  # a setting that is newer than the folder
+        if before != value:
             flag = name if " " in name else f"--{name}"
-            raise UserError(f"{folder} was made with {flag}={theirs.get(name)}, not {value}: "
+            raise UserError(f"{folder} was made with {flag}={before}, not {value}: "
                             "take another --dataset or delete it")
 
 

@@ -173,22 +173,26 @@ def svd(A, B):
 
 def summary(layers, threshold=0.95):
     """For a training log: means over all heads of each metric, {"attn_rank95_qk": ..., "attn_gap_ov": ...},
-    and of the threshold rank by layer, {"layer0_rank95_qk": ...}.
+    and of the threshold rank by layer, {"layer0_rank95_qk": ...}, or {"encoder_layer0_rank95_qk": ...}
+    where a model has several stacks.
 
-    layers: an iterable of objects with layer, W_Q, W_K, W_V (H, r, d) and P (H, d, r).
+    layers: an iterable of objects with layer, perhaps stack, W_Q, W_K, W_V (H, r, d) and P (H, d, r).
     Raises UserError for NaN or inf, naming layer, product and head.
     """
     rank = rank_name(threshold)
     heads, by_layer = {}, {}
     for layer in layers:
+        stack = getattr(layer, "stack", "")
+        prefix = f"{stack}_" if stack else ""
         for product, (A, B) in factors_of(layer).items():
             try:
                 table = metrics(A, B, threshold)
             except UserError as error:
-                raise UserError(f"layer {layer.layer}, {product}: {error}") from None
+                where = f"{stack} layer {layer.layer}".strip()
+                raise UserError(f"{where}, {product}: {error}") from None
             for name, values in table.items():
                 heads.setdefault(f"attn_{name}_{product}", []).extend(values)
-            by_layer[f"layer{layer.layer}_{rank}_{product}"] = table[rank]
+            by_layer[f"{prefix}layer{layer.layer}_{rank}_{product}"] = table[rank]
     return {name: sum(values) / len(values) for name, values in {**heads, **by_layer}.items()}
 
 

@@ -1,8 +1,7 @@
 """
 The tables of a grid of runs: a row a run, curves over training, means over seeds, paired differences.
 
-scripts/sweep.py calls collect() and report() with its cells. A cell has a name, a folder, the settings
-that vary (`values`) and all `settings`.
+For scripts/sweep.py, whose cells have a folder, the settings that vary (`values`) and all `settings`.
 """
 import json
 import math
@@ -30,47 +29,44 @@ def as_text(value):
 
 # ---------------------------------------------------------------------------- collect
 
-def collect(cells, results, failed, skip):
-    """(rows of sweep.csv, rows of curves.csv), dicts.
+def collect(cells, results, failed, out_dir, skip):
+    """Writes sweep.csv and curves.csv; returns their rows.
 
-    results: {cell's name: its result.json, or None}. failed: the names of cells that failed.
-    skip: names in result.json that have no column. A cell without a result has a row without numbers.
+    results: each cell's result.json or None. failed: names of folders. skip: what gets no column.
     """
-    summary = []
-    curves = []
-    for cell in cells:
-        result = results[cell.name]
+    summary, curves = [], []
+    for cell, result in zip(cells, results):
+        name = cell.folder.name
         if result is None:
-            status = "failed" if cell.name in failed else "missing"
-            summary.append({"cell": cell.name, "status": status, **cell.values})
+            status = "failed" if name in failed else "missing"
+            summary.append({"cell": name, "status": status, **cell.values})
             continue
-        row = {"cell": cell.name, "status": "done", **cell.values}
-        for name, value in result.items():
-            if name not in skip and name not in row:
-                row[name] = value
-        log = measurements(os.path.join(cell.folder, "log.jsonl"))
-        row.update(last_ranks(log))
-        summary.append(row)
+        log = measurements(cell.folder / "log.jsonl")
+        row = {"cell": name, "status": "done", **cell.values}
+        row.update({key: x for key, x in result.items() if key not in skip and key not in row})
+        summary.append({**row, **last_ranks(log)})
         for line in log:
-            numbers = {name: f"{value:.6g}" for name, value in line.items()}
-            curves.append({"cell": cell.name, **cell.values, **numbers})
+            numbers = {key: f"{x:.6g}" for key, x in line.items()}
+            curves.append({"cell": name, **cell.values, **numbers})
+    write_csv(os.path.join(out_dir, "sweep.csv"), summary)
+    if curves:
+        write_csv(os.path.join(out_dir, "curves.csv"), curves)
     return summary, curves
 
 
 def measurements(path):
     """The ranks, norms and validation in a log.jsonl, a dict a step; none where there is no log."""
-    if not os.path.exists(path):
+    if not path.exists():
         print(f"note: {path} is missing; its run has no ranks and norms in the tables", file=sys.stderr)
         return []
     steps = {}
-    with open(path, encoding="utf-8") as file:
-        for text in file:
-            line = json.loads(text)
-            step = line["step"]
-            for name, value in line.items():
-                if name.startswith(("attn_", "layer", "norm_", "val_")):
-                    row = steps.setdefault(step, {"step": step})
-                    row[name] = math.nan if value is None else value  # null: it was not finite
+    for text in path.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        step = line["step"]
+        for name, value in line.items():
+            if name.startswith(("attn_", "layer", "norm_", "val_")):
+                row = steps.setdefault(step, {"step": step})
+                row[name] = math.nan if value is None else value  # null: it was not finite
     return list(steps.values())
 
 
@@ -79,24 +75,19 @@ def last_ranks(log):
     ranked = [line for line in log if "norm_all" in line]
     if not ranked:
         return {}
-    first = ranked[0]
-    last = ranked[-1]
-    row = {name: value for name, value in last.items() if name.startswith(("attn_", "layer"))}
+    first, last = ranked[0], ranked[-1]
+    row = {name: x for name, x in last.items() if name.startswith(("attn_", "layer"))}
     for name in last:
         if name.startswith("norm_"):
             row[f"{name}_first"] = first[name]
             row[f"{name}_last"] = last[name]
-    row["norm_growth"] = last["norm_all"] / first["norm_all"]
-    return row
+    return {**row, "norm_growth": last["norm_all"] / first["norm_all"]}
 
 
 # ---------------------------------------------------------------------------- average
 
 def interval(values):
-    """(mean, sample standard deviation, low, high) with the 95 % t interval of the mean.
-
-    The last three are nan for fewer than two values, or where one is not finite.
-    """
+    """(mean, sample standard deviation, low, high) with the 95 % t interval of the mean, else nan."""
     values = list(values)
     mean = statistics.fmean(values) if values else math.nan
     if len(values) < 2 or not math.isfinite(mean):
@@ -107,29 +98,20 @@ def interval(values):
 
 
 def tabulate(cells, summary, rows, columns, metric):
-    """A DataFrame with a row a cell: title, row, column, seed, done, value.
-
-    row, column: the values of the settings named `rows` and `columns`. title: what else varies, as text.
-    value: the metric, nan where it was not finite or the run is not done.
-    """
+    """A DataFrame with a row a cell: title (what else varies, as text), row, column, seed, done, value."""
     settings = pd.DataFrame([cell.settings for cell in cells], dtype=object)
     shown = list(dict.fromkeys([rows, columns, "seed"]))
     varied = [name for name in cells[0].values if name not in shown]
     rest = undetermined(settings[[*shown, *varied]], shown)
-
-    lines = []
-    for cell, row in zip(cells, summary):
-        done = row["status"] == "done"
-        value = row.get(metric) if done else None
-        lines.append({
-            "title": ", ".join(f"{name}={as_text(cell.values[name])}" for name in rest),
-            "row": cell.settings[rows],
-            "column": cell.settings[columns],
-            "seed": cell.settings["seed"],
-            "done": done,
-            "value": math.nan if value is None else float(value),
-        })
-    return pd.DataFrame(lines)
+    titles = [", ".join(f"{name}={as_text(cell.values[name])}" for name in rest) for cell in cells]
+    return pd.DataFrame({
+        "title": titles,
+        "row": settings[rows],
+        "column": settings[columns],
+        "seed": settings["seed"],
+        "done": [row["status"] == "done" for row in summary],
+        "value": pd.Series([row.get(metric) for row in summary], dtype=float),
+    })
 
 
 def cell_text(seeds):
@@ -148,17 +130,13 @@ def cell_text(seeds):
 
 def markdown(table, corner, best=None):
     """One table of tabulate()'s rows and columns as markdown. best: max or min, whose mean is bold."""
-    texts = {}
-    means = {}
-    for at, seeds in table.groupby(["row", "column"], sort=False):
-        texts[at] = cell_text(seeds)
-        mean = interval(seeds.loc[seeds["done"], "value"])[0]
-        if math.isfinite(mean):
-            means[at] = mean
-    if best and len(means) > 1:
-        at = best(means, key=means.get)
+    cells = table.groupby(["row", "column"], sort=False)
+    texts = {at: cell_text(seeds) for at, seeds in cells}
+    means = {at: interval(seeds.loc[seeds["done"], "value"])[0] for at, seeds in cells}
+    finite = [at for at in means if math.isfinite(means[at])]
+    if best and len(finite) > 1:
+        at = best(finite, key=means.get)
         texts[at] = f"**{texts[at]}**"
-
     wide = pd.Series(texts).unstack(fill_value="")
     wide = wide.reindex(index=table["row"].unique(), columns=table["column"].unique())
     wide = wide.rename(index=as_text, columns=as_text).rename_axis(corner)
@@ -166,14 +144,10 @@ def markdown(table, corner, best=None):
 
 
 def paired(table, rows, columns, metric):
-    """Differences to coupled decay (both settings equal) in the same column: rows of paired.csv.
-
-    They are paired over the seeds that both have.
-    """
+    """The rows of paired.csv: differences to coupled decay in the same column, paired over seeds."""
     out = []
     for title, group in table.groupby("title", sort=False):
-        by_cell = group.groupby(["row", "column"], sort=False)
-        cells = {at: seeds.set_index("seed") for at, seeds in by_cell}
+        cells = {at: seeds.set_index("seed") for at, seeds in group.groupby(["row", "column"], sort=False)}
         for (row, column), seeds in cells.items():
             if row == column or (column, column) not in cells:
                 continue
@@ -181,17 +155,10 @@ def paired(table, rows, columns, metric):
             pairs = pairs[pairs["done"] & pairs["done_coupled"].eq(True)]
             mean, sd, low, high = interval(pairs["value"] - pairs["value_coupled"])
             out.append({
-                "table": title,
-                "metric": metric,
-                columns: column,
-                rows: row,
+                "table": title, "metric": metric, columns: column, rows: row,
                 "against": f"{rows}={as_text(column)}",
-                "difference": mean,
-                "sd": sd,
-                "low": low,
-                "high": high,
-                "seeds": len(pairs),
-                "seeds_in_grid": len(seeds),
+                "difference": mean, "sd": sd, "low": low, "high": high,
+                "seeds": len(pairs), "seeds_in_grid": len(seeds),
             })
     return out
 
@@ -202,15 +169,12 @@ def paired_markdown(differences, rows, columns):
         where = as_text(x[columns])
         if x["table"]:
             where = f"{x['table']}, {where}"
-        seeds = str(x["seeds"])
-        if x["seeds"] < x["seeds_in_grid"]:
-            seeds += f" of {x['seeds_in_grid']}"
-        difference = f"{x['difference']:+.4g}" if x["seeds"] else "missing"
-        span = ""
-        if x["seeds"] == 1:
+        n = x["seeds"]
+        seeds = f"{n} of {x['seeds_in_grid']}" if n < x["seeds_in_grid"] else str(n)
+        difference = f"{x['difference']:+.4g}" if n else "missing"
+        span = f"{x['low']:+.4g} to {x['high']:+.4g}" if n > 1 else ""
+        if n == 1:
             span = "takes two seeds"
-        elif x["seeds"] > 1:
-            span = f"{x['low']:+.4g} to {x['high']:+.4g}"
         lines.append([where, as_text(x[rows]), difference, span, seeds])
     table = pd.DataFrame(lines, columns=[columns, rows, "difference", "95 % interval", "seeds"])
     return table.to_markdown(index=False, disable_numparse=True)
@@ -218,20 +182,29 @@ def paired_markdown(differences, rows, columns):
 
 # ----------------------------------------------------------------------------- report
 
-def report(cells, summary, out_dir, rows, columns, metric=""):
-    """Writes table.md and paired.csv into out_dir and prints the former.
+MAIN_METRICS = ("test_acc", "test_ppl", "val_acc", "val_ppl")  # data may be without test
 
-    rows, columns: the settings that have a row and a column a value. metric: a column of sweep.csv;
-    empty: test_acc where there is one, else test_ppl. Raises UserError where the metric is no column.
-    """
+
+def main_metric(names):
+    """The first of MAIN_METRICS among the names of columns, None if there is none."""
+    for metric in MAIN_METRICS:
+        if metric in names:
+            return metric
+    return None
+
+
+def report(cells, summary, out_dir, rows, columns, metric=""):
+    """Writes table.md, which it prints, and paired.csv into out_dir; metric "": the first of MAIN_METRICS."""
     names = {name for row in summary for name in row}
-    is_done = [row["status"] == "done" for row in summary]
-    if metric and metric not in names and any(is_done):
+    n_done = sum(row["status"] == "done" for row in summary)
+    if metric and metric not in names and n_done:
         raise UserError(f"--metric={metric} is no column of {os.path.join(out_dir, 'sweep.csv')}")
-    metric = metric or ("test_acc" if "test_acc" in names else "test_ppl")
+    metric = metric or main_metric(names)
     if metric not in names:
         print("no finished run yet, no table")
         return
+    if metric in MAIN_METRICS[2:]:
+        print(f"the data has no test split: tables show {metric}")
     best, word = None, ""
     if metric.endswith("acc"):
         best, word = max, ", highest bold"
@@ -247,19 +220,15 @@ def report(cells, summary, out_dir, rows, columns, metric=""):
         parts.append(markdown(group, corner, best))
     n_seeds = table["seed"].nunique()
     seeds = "1 seed" if n_seeds == 1 else f"{n_seeds} seeds"
-    parts.append(
-        f"{metric}, mean ± sample standard deviation over {seeds}{word}; "
-        f"{sum(is_done)} of {len(cells)} runs done."
-    )
+    parts.append(f"{metric}, mean ± sample standard deviation over {seeds}{word}; "
+                 f"{n_done} of {len(cells)} runs done.")
 
     differences = []
     if rows.endswith("_wd") and columns.endswith("_wd") and rows != columns:
         differences = paired(table, rows, columns, metric)
     if differences:
-        parts.append(
-            f"Difference in {metric} to coupled decay ({rows} = {columns}), paired over seeds, "
-            "with its 95 % t interval:"
-        )
+        parts.append(f"Difference in {metric} to coupled decay ({rows} = {columns}), paired over seeds, "
+                     "with its 95 % t interval:")
         parts.append(paired_markdown(differences, rows, columns))
         write_csv(os.path.join(out_dir, "paired.csv"), differences)
 

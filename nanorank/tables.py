@@ -11,10 +11,7 @@ from nanorank.files import write_atomic
 
 
 def read_csv(path, columns=()):
-    """The table in a CSV file as a DataFrame, every digit kept; empty cells are NaN.
-
-    Raises UserError that names the file where it cannot be read, has no rows or lacks one of `columns`.
-    """
+    """A CSV file as a DataFrame, every digit kept. Raises UserError where it lacks rows or `columns`."""
     try:
         table = pd.read_csv(path, float_precision="round_trip")
     except OSError as error:
@@ -30,18 +27,15 @@ def read_csv(path, columns=()):
 
 
 def write_csv(path, rows):
-    """Writes rows (a list of dicts, or a DataFrame) as CSV, whole or not at all. Returns the path.
+    """Writes a list of dicts, or a DataFrame, as CSV, whole or not at all. Returns the path.
 
-    Columns stand in the order in which they first appear; numbers are written as Python prints them.
-    Of dicts, None and what a row lacks are left empty, and NaN is written nan.
+    Of dicts, numbers are written as Python prints them (NaN as nan), None and what a row lacks is left empty.
     """
-    if isinstance(rows, pd.DataFrame):
-        table = rows
-    else:
+    table = rows
+    if not isinstance(rows, pd.DataFrame):
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        cells = [[row.get(name) for name in columns] for row in rows]
-        texts = [["" if x is None else str(x) for x in row] for row in cells]
-        table = pd.DataFrame(texts, columns=columns)
+        cells = [["" if row.get(name) is None else str(row[name]) for name in columns] for row in rows]
+        table = pd.DataFrame(cells, columns=columns)
     text = table.to_csv(index=False, lineterminator="\n")
     write_atomic(path, lambda file: file.write(text.encode()))
     return path
@@ -53,11 +47,6 @@ def undetermined(table, given, always=()):
     always: columns that are named in any case.
     """
     n_groups = len(table[given].drop_duplicates())
-    names = []
-    for name in table:
-        if name in given:
-            continue
-        n_with_it = len(table[[*given, name]].drop_duplicates())
-        if name in always or n_with_it > n_groups:
-            names.append(name)
-    return names
+    others = [name for name in table if name not in given]
+    return [name for name in others
+            if name in always or len(table[[*given, name]].drop_duplicates()) > n_groups]

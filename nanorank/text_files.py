@@ -1,20 +1,21 @@
 """
-Finds files of text, here or on the Hugging Face hub, and cuts them into chunks, the same ones every time.
+Reads files of text, here or on the Hugging Face hub, in chunks, the same ones every time.
 
-    for file in find_files("folder,more.jsonl.zst"):
+    for file in find_files("folder,more.jsonl.zst"):    # nanorank/text_sources.py
         for chunk in read_chunks(file, text_key="text", max_bytes=64 << 20):
             chunk.data    # whole JSON lines or a piece of plain text (bytes), or a list of parquet values
 
-Formats: .jsonl, .jsonl.zst, .jsonl.gz, .parquet, .txt. Unreadable input is a UserError that names the file.
+Formats: .jsonl, .jsonl.zst, .jsonl.gz, .json.gz, .parquet, .txt, and where there are none of those .arrow (of
+datasets' save_to_disk) and .csv. Unreadable input is a UserError that names the file.
 """
-import filecmp
+import glob
 import gzip
 import importlib
 import io
+import itertools
 import json
+import math
 import os
-import re
-import sysconfig
 from typing import NamedTuple
 
 from nanorank.errors import UserError
@@ -25,10 +26,16 @@ try:
 except ImportError:
     from json import loads
 
-SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt")
-HUB_ID = r"\w[\w.-]*/\w[\w./-]*"  # org/name or org/name/folder
+JSON_LINES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst")
+SUFFIXES = (*JSON_LINES, ".parquet", ".txt")
+# Formats that the datasets library reads, where a place has none of the above. On those it would break a
+# promise: its text builder turns "\r\n" into "\n", stops at invalid UTF-8, holds a line of any length (1.8 GB
+# for one of 300 MB), and takes no .zst without another package. Its parquet builder holds row groups whole
+# (1.5 GB for 518 MB of text, where pyarrow's reader takes 0.1 GB).
+DATASETS = {".arrow": "arrow", ".csv": "csv"}
 CHUNK = 1 << 20                   # bytes of input in a chunk
 OVERLONG = b"\0 too long"         # replaces a line that is too long; no JSON begins so
+BOM = b"\xef\xbb\xbf"            # what Windows' editors put before UTF-8; it is no part of the text
 
 
 def need(module, what):
@@ -46,122 +53,20 @@ def first_line(error):
     return (message or type(error).__name__).splitlines()[0][:150]
 
 # -----------------------------------------------------------------------------
-# files
+# files to chunks
 
 class Input(NamedTuple):
     split: str  # split of its documents; empty: by hash
     path: str   # to open; hf:// on the hub
     name: str   # below its source, the same on all machines
     size: int   # bytes
+    start: int = 0     # the first byte, and the one to stop at: a .txt file may be cut into splits
+    stop: int = 2**62
 
-
-def find_files(places):
-    """The files of a source, sorted, with `split` set to val or test if names say so.
-
-    places: the setting --source. Raises UserError if there are no files.
-    """
-    if places in ("python", "packages"):
-        return installed_files(places)
-    found = []
-    for place in places.split(","):
-        if os.path.isdir(place):
-            files = walk(place, SUFFIXES)
-        elif os.path.exists(place):
-            files = [Input("", place, os.path.basename(place), os.path.getsize(place))]
-        elif re.fullmatch(HUB_ID, place) and not place.endswith(SUFFIXES):
-            files = hub_files(place)
-        else:
-            raise UserError(f"--source={place}: no such file or folder, "
-                            "and no Hugging Face id (org/name) either")
-        files = [file for file in files if file.name.endswith(SUFFIXES)]
-        if not files:
-            raise UserError(f"{place}: expects files in {', '.join(SUFFIXES)}")
-
-        # val and test in a name mean splits only if other names hold train
-        splits = [split_in_name(file.name) for file in files]
-        for file, split in zip(files, splits):
-            if split == "train" or "train" not in splits:
-                split = ""
-            found.append(file._replace(split=split))
-    return found
-
-
-def split_in_name(name):
-    """train, val, test, or empty if a file's name says nothing."""
-    for split, words in (("train", "train"), ("val", "val|valid|validation|dev"), ("test", "test")):
-        if re.search(rf"(^|[/._-])({words})([/._-]|\d|$)", name):
-            return split
-    return ""
-
-
-def installed_files(which):
-    """python: the library of this Python; packages: also the installed packages, with their documents."""
-    tests_and_packages = ("site-packages", "dist-packages", "test", "tests", "idle_test")
-    files = walk(sysconfig.get_path("stdlib"), (".py",), without=tests_and_packages)
-    if which == "packages":
-        files += walk(sysconfig.get_path("purelib"), (".py", ".pyi", ".md", ".rst", ".txt"))
-    return files
-
-
-def walk(root, suffixes, without=()):
-    """The files below a folder, sorted by name; hidden ones and the folders `without` are left out."""
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
-        for name in names:
-            if name.endswith(suffixes) and not name.startswith("."):
-                path = os.path.join(folder, name)
-                files.append(Input("", path, os.path.relpath(path, root), os.path.getsize(path)))
-    return sorted(files, key=lambda file: file.name)
-
-
-def hub_files(place):
-    """The files of a Hugging Face dataset, org/name or org/name/folder, at its newest revision.
-
-    Their paths hold that revision, so that all machines and restarts read the same bytes.
-    """
-    hub = need("huggingface_hub", f"--source={place}")
-    org, name, *folders = place.rstrip("/").split("/")
-    repo = f"{org}/{name}"
-    below = "".join(f"{folder}/" for folder in folders)
-    try:
-        info = hub.HfApi().dataset_info(repo, files_metadata=True, timeout=10)
-    except Exception as error:  # of httpx, requests or huggingface_hub, as versions differ
-        raise UserError(f"{place} is no file or folder here, and the Hugging Face hub did not give it: "
-                        f"{first_line(error)}") from None
-    files = []
-    for file in sorted(info.siblings, key=lambda file: file.rfilename):
-        if file.rfilename.startswith(below):
-            path = f"hf://datasets/{repo}@{info.sha}/{file.rfilename}"
-            files.append(Input("", path, file.rfilename, file.size or 1))
-    return files
-
-
-def leave_out_twins(files):
-    """The files without those of train that hold the same bytes as a file of val or test. Says so."""
-    held_out = {}  # size: files of val and test
-    for file in files:
-        if file.split and file.size and os.path.exists(file.path):
-            held_out.setdefault(file.size, []).append(file)
-    kept = []
-    for file in files:
-        twin = None
-        if not file.split and os.path.exists(file.path):
-            for other in held_out.get(file.size, []):
-                if twin is None and filecmp.cmp(file.path, other.path, shallow=False):
-                    twin = other
-        if twin:
-            print(f"note: {file.path} holds the same bytes as {twin.path} of {twin.split}: left out of train")
-        else:
-            kept.append(file)
-    return kept
-
-# -----------------------------------------------------------------------------
-# files to chunks
 
 class Chunk(NamedTuple):
     """About 1 MiB of a file."""
-    kind: str    # jsonl, txt, parquet
+    kind: str    # jsonl, txt, parquet (.arrow and .csv too)
     split: str   # split of its documents; empty: by hash
     first: int   # number of its first line or row, from 1
     data: bytes | list  # whole lines or a piece of plain text (bytes); parquet: a list of values
@@ -185,11 +90,17 @@ def read_chunks(file, text_key, max_bytes, size=CHUNK):
         with open_input(file.path, 32 << 20) as raw:
             if file.name.endswith(".parquet"):
                 kind, blocks = "parquet", parquet_blocks(raw, file, size, text_key)
-            elif ".jsonl" in file.name:
+            elif file.name.endswith(tuple(DATASETS)):
+                kind, blocks = "parquet", datasets_blocks(file, size, text_key)
+            elif file.name.endswith(JSON_LINES):
                 kind, blocks = "jsonl", line_blocks(raw, file, size, max_bytes)
             else:
                 kind, blocks = "txt", text_blocks(raw, file, size)
+            begins = file.start == 0
             for data, seen in blocks:
+                if begins and kind != "parquet":
+                    data = data.removeprefix(BOM)
+                begins = False
                 yield Chunk(kind, file.split, first, data, seen)
                 first += len(data) if kind == "parquet" else data.count(b"\n")
     except UserError:
@@ -206,6 +117,9 @@ def open_input(path, block_size):
 
 
 def cut_short(path, error):
+    if "too much memory" in str(error):  # pyarrow's zstd takes a window of 128 MiB at most
+        return (f"{path}: was compressed with a zstd window beyond 128 MiB; write it anew: "
+                f"zstd -dc --long=31 {path} | zstd -o NEW")
     return (f"{path}: damaged or cut short ({first_line(error)}); what is done is kept, "
             "and the same command goes on once the file is whole")
 
@@ -235,7 +149,8 @@ def line_blocks(raw, file, size, max_bytes):
 def text_blocks(raw, file, size):
     """Yields (piece, share of the file read): at most `size` bytes, cut at a line or between characters."""
     rest = b""
-    while block := rest + raw.read(size - len(rest)):
+    raw.seek(file.start)
+    while block := rest + raw.read(min(size - len(rest), file.stop - raw.tell())):
         end = len(block)
         if end == size:
             end = block.rfind(b"\n") + 1
@@ -245,29 +160,54 @@ def text_blocks(raw, file, size):
                     end -= 1
                 if not end:
                     raise UserError(cut_short(file.path, "no UTF-8"))
-        yield block[:end], raw.tell() / file.size
+        yield block[:end], (raw.tell() - file.start) / file.size
         rest = block[end:]
 
 
 def parquet_blocks(raw, file, size, text_key):
     """Yields (list of values, share of the file read): about `size` bytes."""
     parquet = need("pyarrow.parquet", file.path).ParquetFile(raw, pre_buffer=False, buffer_size=size)
-    columns = parquet.schema_arrow.names
-    if text_key not in columns:
-        raise UserError(f"{file.path}: no column {text_key!r} among {', '.join(columns)}; "
-                        "--text_key names it")
-    n_rows = parquet.metadata.num_rows
+    check_column(file, text_key, parquet.schema_arrow.names)
+    batches = parquet.iter_batches(batch_size=64, columns=[text_key])
+    yield from row_blocks(batches, parquet.metadata.num_rows, text_key, size)
+
+
+def datasets_blocks(file, size, text_key):
+    """The same for a format of DATASETS. Its rows are not counted beforehand, so the share stays 0."""
+    datasets = need("datasets", file.path)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # one line of ours says what is wrong
+    path = file.path if file.path.startswith("hf://") else glob.escape(file.path)
+    kind = DATASETS[os.path.splitext(file.name)[1]]
+    rows = datasets.load_dataset(kind, data_files=path, split="train", streaming=True)
+    batches = rows.with_format("arrow").iter(batch_size=64)
+    first = next(batches, None)
+    if first is not None:
+        check_column(file, text_key, first.column_names)
+        yield from row_blocks(itertools.chain([first], batches), math.inf, text_key, size)
+
+
+def row_blocks(batches, n_rows, text_key, size):
+    """Yields (list of values, share of n_rows read) from tables of pyarrow."""
     texts = []
     n_bytes = 0
     rows = 0
-    for batch in parquet.iter_batches(batch_size=64, columns=[text_key]):
+    for batch in batches:
+        batch = batch.select([text_key])
         texts += batch.column(0).to_pylist()
         n_bytes += batch.nbytes
-        rows += len(batch)
-        if n_bytes >= size or rows == n_rows:
+        rows += batch.num_rows
+        if n_bytes >= size:
             yield texts, rows / n_rows
             texts = []
             n_bytes = 0
+    if texts:
+        yield texts, 1.0
+
+
+def check_column(file, text_key, columns):
+    if text_key not in columns:
+        raise UserError(f"{file.path}: no column {text_key!r} among {', '.join(columns)}; "
+                        "--text_key names it")
 
 # -----------------------------------------------------------------------------
 # chunks to texts

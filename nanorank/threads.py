@@ -2,12 +2,13 @@
 Float64 arithmetic on a CPU, head by head, on all cores. For spectra.py.
 """
 import functools
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController
+
+from nanorank.shards import n_cores
 
 BUFFER = 1 << 19  # float64 numbers that a thread converts at a time: 4 MB, a factor of 4096 x 128
 
@@ -18,9 +19,9 @@ def over_heads(way, A, B, heads):
     Runs on as many threads as torch has and this process may use, each with a single-threaded BLAS.
     """
     A, B = as_numpy(A), as_numpy(B)
-    linux = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-    threads = min(cores, torch.get_num_threads(), len(heads))
+    threads = min(n_cores(), torch.get_num_threads(), len(heads))
+    if A[0].size * len(heads) < 1 << 18:  # takes less time than starting threads
+        threads = 1
     todo = iter(heads)
 
     def work(_):
@@ -28,12 +29,12 @@ def over_heads(way, A, B, heads):
         with np.errstate(all="ignore"):  # check_finite finds what is not finite
             return [(i, way(A[i], B[i], buffer)) for i in todo]  # the next head that no thread has taken
 
-    small = A[0].size * len(heads) < 1 << 18  # takes less time than starting threads
-    if threads == 1 or small:
-        return [result for _, result in work(0)]
-    with blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-        parts = sum(pool.map(work, range(threads)), [])
-    return [result for _, result in sorted(parts, key=lambda part: part[0])]
+    if threads == 1:
+        parts = work(0)
+    else:
+        with blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+            parts = sorted(sum(pool.map(work, range(threads)), []), key=lambda part: part[0])
+    return [result for _, result in parts]
 
 
 def as_numpy(X):

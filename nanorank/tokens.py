@@ -58,8 +58,9 @@ class TokenSplit:
 
         self.n_rows = self.n_windows + len(self.tails)
         if self.n_rows == 0:
-            raise UserError(f"{folder}: the {split} split holds {self.n_tokens} tokens, "
-                            "too few to predict any; prepare more text")
+            more = "more text" if split == "train" else f"--{split}_fraction or --{split}_source of its own"
+            raise UserError(f"{folder}: the {split} split holds {self.n_tokens} tokens, too few to predict "
+                            f"any; prepare it again (prepare_pile.py) with {more}")
         if split == "train" and self.n_windows == 0:
             raise UserError(f"{folder}: no file of the train split holds block_size + 1 = {block_size + 1} "
                             "tokens; lower --block_size")
@@ -124,6 +125,20 @@ class TokenSplit:
         files = [(split, file["name"], file["tokens"], file.get("crc32"))
                  for split, entry in sorted(self.meta["splits"].items()) for file in entry["files"]]
         return f"{self.meta['tokenizer']} {zlib.crc32(json.dumps(files).encode()):08x}"
+
+
+def open_splits(open_split):
+    """{"train", "val", "test": open_split(name)}, without "test" where the data folder has none."""
+    data = {split: open_split(split) for split in ("train", "val")}
+    files = data["val"].meta["splits"].get("test", {}).get("files", [])
+    if any(file.get("tokens", file.get("bytes")) for file in files):
+        data["test"] = open_split("test")
+    return data
+
+
+def held_out(data):
+    """The splits to evaluate on: val, and test where there is one."""
+    return [split for split in data if split != "train"]
 
 
 def read_meta(folder):

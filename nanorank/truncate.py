@@ -15,15 +15,12 @@ from nanorank.spectra import ov_factors, qk_factors, ranks, svd
 
 
 def truncated(state, n_head, threshold):
-    """A GPT's state dict with every head's W_K^T W_Q and P W_V cut to their threshold rank k.
+    """(state dict, mean k of W_K^T W_Q, mean k of P W_V): every head cut to its threshold rank k.
 
     With W_K^T W_Q = U S V^T, the new W_K is S^(1/2) U^T and the new W_Q is S^(1/2) V^T, with zeros in
-    the rows beyond k. P and W_V likewise. Shapes stay the same, the factors become balanced, and at
-    threshold 1.0 the model computes the same function.
-
+    the rows beyond k; P and W_V likewise. At threshold 1.0 the model computes the same function.
     The biases keep their effect. The value's moves into the output's. The key's adds the same number
     to all scores of a query, which the softmax cancels. The query's: see move_query_bias.
-    Returns (state dict, mean k of W_K^T W_Q, mean k of P W_V).
     """
     state = dict(state)
     kept_qk, kept_ov = [], []
@@ -34,7 +31,6 @@ def truncated(state, n_head, threshold):
         r = d // n_head
         W_Q, W_K, W_V = state[name].double().view(3, n_head, r, d)
         P = state[path + "c_proj.weight"].double().view(d, n_head, r).transpose(0, 1)  # (H, d, r)
-
         U, root, V, k = cut(*qk_factors(W_Q, W_K), threshold)
         new_K, new_Q = U * root, V * root
         kept_qk += k.tolist()
@@ -50,7 +46,6 @@ def truncated(state, n_head, threshold):
         U, root, V, k = cut(*ov_factors(W_V, P), threshold)
         new_P, new_V = U * root, V * root
         kept_ov += k.tolist()
-
         new = torch.cat([W.mT.reshape(d, d) for W in (new_Q, new_K, new_V)])
         state[name] = new.to(dtype)
         state[path + "c_proj.weight"] = new_P.transpose(0, 1).reshape(d, d).to(dtype)
@@ -58,10 +53,7 @@ def truncated(state, n_head, threshold):
 
 
 def cut(A, B, threshold):
-    """(U, root, V, k) of A B^T = U S V^T: root (H, 1, r) is S^(1/2), zero beyond the threshold rank k (H,).
-
-    U * root and V * root (H, d, r) are balanced factors of the best approximation of rank k.
-    """
+    """(U, root, V, k) of A B^T = U S V^T: root (H, 1, r), S^(1/2), is 0 beyond the threshold rank k (H,)."""
     U, s, V = svd(A, B)
     k = ranks(s, threshold)
     stays = torch.arange(s.shape[-1]) < k[:, None]
@@ -88,11 +80,9 @@ def move_query_bias(new_K, U, root, k, g):
 def truncatable(checkpoint):
     """The dict in a checkpoint's file. Raises UserError if it is not a GPT of train_lm.py or nanoGPT."""
     path = checkpoint.path
-    torch_file = os.path.isfile(path) and not path.endswith(".safetensors")
-    raw = load_pt(path) if torch_file else {}
+    raw = load_pt(path) if os.path.isfile(path) and not path.endswith(".safetensors") else {}
     modules = checkpoint.modules()
     biases = [name for name in checkpoint.tensors if name.endswith(("attn.c_attn.bias", "attn.c_proj.bias"))]
-
     has_args = isinstance(raw.get("model_args"), dict) and isinstance(raw.get("config") or {}, dict)
     is_gpt = modules[0].scheme.layout == "conv" and len(biases) in (0, 2 * len(modules))
     if not has_args or not is_gpt:
@@ -103,13 +93,11 @@ def truncatable(checkpoint):
 def save_truncated(path, checkpoint, raw, threshold):
     """Writes the truncated checkpoint and prints how to evaluate it. raw: from truncatable."""
     n_head, _ = checkpoint.heads_of(checkpoint.modules()[0])
-    state = checkpoint.read(checkpoint.tensors)
-    state, qk, ov = truncated(state, n_head, threshold)
+    state, qk, ov = truncated(checkpoint.read(checkpoint.tensors), n_head, threshold)
     keep = {key: raw[key] for key in ("model_args", "iter_num", "best_val_loss", "config") if key in raw}
     save_pt(path, {"model": state, **keep, "truncated": threshold})
 
     dataset = raw.get("config", {}).get("dataset", "DATASET")
     width = raw["model_args"]["n_embd"] // n_head
     print(f"\nwrote {path}: of {width} directions a head {qk:.2f} stay in QK, {ov:.2f} in OV (means)")
-    print("evaluate it:")
-    print(f"    python train_lm.py --init_from={path} --eval_only --dataset={dataset}")
+    print(f"evaluate it:\n    python train_lm.py --init_from={path} --eval_only --dataset={dataset}")

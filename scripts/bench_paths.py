@@ -226,7 +226,7 @@ def prepare(setup, text):
             datasets.disable_progress_bars()
             contestants["map"] = lambda: datasets_map(enc, source, mapped, n_cores)
         except ImportError:
-            print("prepare    datasets is not installed (requirements-dev.txt): no peer to compare with")
+            print("prepare    datasets is not installed: no peer to compare with")
         times = interleaved(contestants, setup)
         same = "map" in times and read_bytes(ours) == read_bytes(mapped)
 
@@ -271,7 +271,8 @@ def datasets_map(enc, source, out, n_cores):
 
     cache_dir = os.path.join(os.path.dirname(source), "cache")
     data = datasets.load_dataset("json", data_files=source, split="train", cache_dir=cache_dir)
-    data = data.map(process, remove_columns=["text"], num_proc=n_cores, load_from_cache_file=False)
+    data = data.map(process, batched=False, remove_columns=["text"], num_proc=n_cores,
+                    load_from_cache_file=False)
     arr = np.memmap(out, dtype=np.uint16, mode="w+", shape=(int(np.sum(data["len"])),))
     at = 0
     n_shards = min(1024, len(data))

@@ -1,84 +1,67 @@
 """
 Draws a figure from CSV files: PNG and PDF beside the file, or in the folder, that it was drawn from.
 
-Every head of a checkpoint, from analyze.py:
-    python -m scripts.figures heads results/demo/heads.csv           # rank by layer, and over training
-    python -m scripts.figures nuclear_norm results/demo/heads.csv    # against the norms of the factors
-    python -m scripts.figures heatmap results/demo/heads.csv         # rank, layer x head
-    python -m scripts.figures spectra out/analysis/spectra.csv       # singular values, a line a layer
-    python -m scripts.figures norms results/demo/norms.csv           # norms, directions over training
+    python -m scripts.figures heads results/demo/heads.csv
+    python -m scripts.figures over_training results/wd_grid
+    python -m scripts.figures all                             # every figure under results/
 
-A grid of runs, from scripts/sweep.py; the first two also from a heads.csv of several runs:
-    python -m scripts.figures rank_by_layer results/wd_grid/sweep.csv      # rank against attn_wd
-    python -m scripts.figures mean_rank results/wd_grid/sweep.csv          # its mean over layers
-    python -m scripts.figures wd_grid results/wd_grid/sweep.csv            # perplexity over attn_wd x mlp_wd
-    python -m scripts.figures norm_growth results/norm_growth/sweep.csv    # over learning rate x attn_wd
-    python -m scripts.figures over_training results/wd_grid                # or a folder of run folders
+From analyze.py:
+    heads heads.csv            rank of every head by layer, and over training
+    nuclear_norm heads.csv     against the norms of the factors
+    heatmap heads.csv          rank, layer x head
+    spectra spectra.csv        singular values, a line a layer
+    norms norms.csv            norms, directions over training
 
-Small models, from scripts/theory.py and config/recall.py:
-    python -m scripts.figures factorised_models results/theory    # balance, soft thresholding, AdamW
-    python -m scripts.figures two_parameters results/theory       # trajectories over the loss
-    python -m scripts.figures recall results/recall               # associative recall over weight decay
+From scripts/sweep.py; the first two also from a heads.csv of several runs:
+    rank_by_layer sweep.csv    rank against attn_wd
+    mean_rank sweep.csv        its mean over layers
+    wd_grid sweep.csv          perplexity over attn_wd x mlp_wd
+    norm_growth sweep.csv      over learning rate x attn_wd
+    over_training FOLDER       of a sweep, or of run folders
 
-Saturated transformers, from scripts/saturate.py:
-    python -m scripts.figures saturation results/saturation/demo/saturation.csv
-    python -m scripts.figures heads_saturated results/saturation/demo/heads_saturated.csv
-    python -m scripts.figures scaling results/saturation/demo/scaling.csv
+From scripts/theory.py, config/recall.py and scripts/saturate.py:
+    factorised_models FOLDER   balance, soft thresholding, AdamW
+    two_parameters FOLDER      trajectories over the loss
+    recall FOLDER              associative recall over weight decay
+    saturation saturation.csv, heads_saturated heads_saturated.csv, scaling scaling.csv
 
-Every figure under results/:
-    python -m scripts.figures all
-
-`all` draws each results/*/FIGURE.png again from the file beside it that FIGURE reads above, and where a
-sweep.csv lies, all that the grid allows. A figure whose file is missing is named and stays as it is.
+`all` draws each results/*/FIGURE.png again from the file beside it, and where a sweep.csv lies, all that the
+grid allows. A figure whose file is missing is named and stays as it is.
 """
 import os
 import sys
 
 from nanorank.errors import UserError, user_errors
-from nanorank.figures.heads import heads, heatmap, norms, nuclear_norm, spectra
-from nanorank.figures.saturation import heads_saturated, saturation, scaling
-from nanorank.figures.sweep import mean_rank, norm_growth, over_training, rank_by_layer, sweep, wd_grid
-from nanorank.figures.theory import factorised_models, recall, two_parameters
+from nanorank.figures import heads, saturation, sweep, theory
 
-# name: (function, what it reads beside the figure: the first of these that is there)
-FIGURES = {
-    "heads": (heads, ["heads.csv"]),
-    "nuclear_norm": (nuclear_norm, ["heads.csv"]),
-    "heatmap": (heatmap, ["heads.csv"]),
-    "spectra": (spectra, ["spectra.csv"]),
-    "norms": (norms, ["norms.csv"]),
-    "rank_by_layer": (rank_by_layer, ["heads.csv", "sweep.csv"]),
-    "mean_rank": (mean_rank, ["heads.csv", "sweep.csv"]),
-    "wd_grid": (wd_grid, ["sweep.csv"]),
-    "norm_growth": (norm_growth, ["sweep.csv"]),
-    "over_training": (over_training, ["."]),
-    "factorised_models": (factorised_models, ["."]),
-    "two_parameters": (two_parameters, ["."]),
-    "recall": (recall, ["."]),
-    "saturation": (saturation, ["saturation.csv"]),
-    "heads_saturated": (heads_saturated, ["heads_saturated.csv"]),
-    "scaling": (scaling, ["scaling.csv"]),
+# {file, or the folder itself: the figures that are drawn from it}
+SOURCES = {
+    "heads.csv": (heads.heads, heads.nuclear_norm, heads.heatmap, sweep.rank_by_layer, sweep.mean_rank),
+    "spectra.csv": (heads.spectra,),
+    "norms.csv": (heads.norms,),
+    "sweep.csv": (sweep.rank_by_layer, sweep.mean_rank, sweep.wd_grid, sweep.norm_growth),
+    ".": (sweep.over_training, theory.factorised_models, theory.two_parameters, theory.recall),
+    "saturation.csv": (saturation.saturation,),
+    "heads_saturated.csv": (saturation.heads_saturated,),
+    "scaling.csv": (saturation.scaling,),
 }
+FIGURES = {draw.__name__: draw for draws in SOURCES.values() for draw in draws}
 
 
 def everything(root="results"):
-    """Draws all figures under root again.
-
-    Returns (the PNGs' paths, a line for each figure that lacks its file).
-    """
-    drawn = []
-    left = []
+    """Draws all figures under root again: (the PNGs' paths, a line for each figure that lacks its file)."""
+    drawn, left = [], []
     for folder, _, files in sorted(os.walk(root)):
         if "sweep.csv" in files:
-            drawn += sweep(folder)
-        for name, (draw, sources) in FIGURES.items():
+            drawn += sweep.sweep(folder)
+        for name, draw in FIGURES.items():
             png = os.path.join(folder, f"{name}.png")
             if f"{name}.png" not in files or png in drawn:
                 continue
-            paths = [os.path.normpath(os.path.join(folder, source)) for source in sources]
-            there = [path for path in paths if os.path.exists(path)]
+            sources = [source for source, draws in SOURCES.items() if draw in draws]
+            sources.sort(key=lambda source: source not in files)  # first what is there
             try:
-                drawn.append(draw((there or paths)[0]))
+                drawn.append(draw(os.path.normpath(os.path.join(folder, sources[0]))))
             except (UserError, OSError) as error:
                 left.append(f"{png} stays as it is: {error}")
     return drawn, left
@@ -91,11 +74,9 @@ def main():
     elif args == ["all"]:
         drawn, left = everything()
         print("\n".join(drawn))
-        for line in left:
-            print(line, file=sys.stderr)
+        print("\n".join(left), file=sys.stderr, end="\n" if left else "")
     elif len(args) == 2 and args[0] in FIGURES:
-        name, path = args
-        print(FIGURES[name][0](path))
+        print(FIGURES[args[0]](args[1]))
     else:
         raise UserError(f"usage: python -m scripts.figures all, or {'|'.join(FIGURES)} FILE.csv or FOLDER")
 

@@ -3,7 +3,8 @@ Turns images into the pixel files that train_vit.py memory-maps: data/NAME/*.bin
 
     python -m scripts.prepare_imagenet --source=digits  # scikit-learn's 1,797 digits: seconds, no download
     python -m scripts.prepare_imagenet                  # ImageNet-1k from the hub; accept its terms first
-    python -m scripts.prepare_imagenet --source=ILSVRC2012_img_train.tar  # a tar of a tar per class
+    python -m scripts.prepare_imagenet --source=ILSVRC2012_img_train.tar \\
+        --val_source=ILSVRC2012_img_val.tar --val_labels=ILSVRC2012_devkit_t12
     python -m scripts.prepare_imagenet --source=folder_or.tar --dataset=mine --short_side=64
 
 Sources: digits; a folder of train/CLASS/*, with val/ (validation/) and test/ beside train/ if there
@@ -14,7 +15,10 @@ Face dataset id) with columns image and label, named by split. Images: .jpeg .jp
 Splits: test is the split that the literature reports on, for ImageNet its official validation images.
     source has train, val, test    they stay as they are
     source has train and val       its val becomes test; val is --val_fraction of train
-    source has train alone         val and test are --val_fraction and --test_fraction of train
+    source has train alone         val and test are --val_fraction and --test_fraction of train; for
+                                   classes named as ImageNet's (n01440764) there is no test
+ImageNet's validation images lie flat in a tar or folder. --val_source names it, and --val_labels their
+classes: Kaggle's LOC_val_solution.csv, or the folder of the devkit. They become test.
 Shares of train go by a hash of the image file's bytes. A test split without labels, as ImageNet's, is
 left out.
 
@@ -42,6 +46,7 @@ import functools
 import io
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -58,6 +63,7 @@ from nanorank.console import StopSignal
 from nanorank.errors import UserError, user_errors
 from nanorank.files import save_json
 from nanorank.image_files import find_images, read
+from nanorank.image_labels import add_validation
 from nanorank.images import RECORD
 from nanorank.shards import SPLITS, BadRecord
 
@@ -66,6 +72,8 @@ from nanorank.shards import SPLITS, BadRecord
 source = "ILSVRC/imagenet-1k"  # digits, a folder, a .tar, or a Hugging Face dataset id
 val_fraction = 0.0             # share of train, by hash; 0: 1 % of 100,000 images and more, else 10 %
 test_fraction = 0.2            # share of train, by hash, if the source has neither val nor test
+val_source = ""                # folder or .tar of validation images, which become test; empty: in source
+val_labels = ""                # their classes: Kaggle's .csv or the devkit's folder; empty: in class folders
 image_key = "image"            # column of the image files (.parquet)
 label_key = "label"            # column of the class numbers (.parquet)
 # what to write
@@ -78,7 +86,10 @@ safe_interval = 10.0           # seconds between safe points: the work that a ki
 # -----------------------------------------------------------------------------
 
 # the settings that the pixels depend on
-MADE_WITH = ("source", "val_fraction", "test_fraction", "image_key", "label_key", "short_side")
+MADE_WITH = ("source", "val_fraction", "test_fraction", "image_key", "label_key", "short_side", "val_source",
+             "val_labels")
+DEFAULT_TEST_FRACTION = test_fraction
+WNID = r"n\d{8}"  # how ImageNet names its classes
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # no others: Pillow would start Ghostscript for some
 LONGEST = 65535  # pixels, what the index can hold
 
@@ -99,8 +110,12 @@ def main():
         return
 
     data = find_images(source, (image_key, label_key), workers)
-    roles, share = divide(data.counts)
+    if val_source:
+        data = add_validation(data, val_source, val_labels)
+    roles, share = divide(data.counts, data.classes)
     made_with["input images"] = f"{sum(data.counts.values())} ({data.names:08x})"
+    if test_fraction and not share["test"] and "test" not in roles.values():
+        made_with["input images"] += " without test"
     os.makedirs(folder, exist_ok=True)
     with shards.only_process(os.path.join(folder, ".lock")):
         part = Part(folder, made_with)
@@ -122,13 +137,16 @@ def check_settings():
     if short_side > LONGEST:
         raise UserError(f"--short_side={short_side}: expects {LONGEST} at most")
     shards.check_range(globals(), short_side=1, workers=0, safe_interval=0)
+    if val_labels and not val_source:
+        raise UserError(f"--val_labels={val_labels} needs --val_source=FOLDER_OR_TAR of those images")
     return {name: globals()[name] for name in MADE_WITH}
 
 
-def divide(counts):
+def divide(counts, classes=()):
     """Our split for each of the source's, {its: ours}, and the shares of its train that go to val and test.
 
-    counts: images of each of the source's splits.
+    counts: images of each of the source's splits; classes: their names. A part of ImageNet's training images
+    is no test unless --test_fraction asks for one: test means the official validation set.
     """
     own = [split for split in SPLITS if counts[split]]
     if "train" not in own:
@@ -143,7 +161,8 @@ def divide(counts):
         share["val"] = 0.01 if counts["train"] >= 100_000 else 0.1
     if len(own) == 3:
         share["val"] = 0.0
-    if len(own) == 1:
+    is_imagenet = classes and all(re.fullmatch(WNID, name) for name in classes)
+    if len(own) == 1 and not (is_imagenet and test_fraction == DEFAULT_TEST_FRACTION):
         share["test"] = test_fraction
 
     about = []
@@ -153,6 +172,8 @@ def divide(counts):
     for split, part in share.items():
         if part:
             about.append(f"{split}: {part:.0%} of its train by hash")
+    if len(own) == 1 and is_imagenet and not share["test"]:
+        about.append("no test, which for ImageNet is its validation set: --val_source, --val_labels")
     print(f"{sum(counts.values()):,} images. {'; '.join(about)}", flush=True)
     return roles, share
 
@@ -189,14 +210,15 @@ def check_space(part, data, total, keys):
 
     Raises UserError if the disk is too small for all images.
     """
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # images twice as large are refused
     sizes = []
     every = math.ceil(len(data.chunks) / 8)
-    for chunk in data.chunks[::every]:
-        for _, _, _, image in islice(read(chunk, keys), 8):
-            with suppress(BadRecord):
-                width, height = stored_size(open_image(image, chunk.kind), short_side)
-                sizes.append(3 * width * height)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on images that it can read
+        for chunk in data.chunks[::every]:
+            for _, _, _, image in islice(read(chunk, keys), 8):
+                with suppress(BadRecord):
+                    width, height = stored_size(open_image(image, chunk.kind), short_side)
+                    sizes.append(3 * width * height)
     mean = sum(sizes) / max(len(sizes), 1)
     need = mean * total - part.total_bytes()
     free = shutil.disk_usage(part.folder).free
@@ -361,11 +383,13 @@ def finish(part, classes):
             "source": source, "checksum": "crc32"}
     for name in ("splits", "bad_images", "settings"):
         meta[name] = record[name]
-    save_json(os.path.join(folder, "meta.json"), meta)
+    path = os.path.join(folder, "meta.json")
+    shards.remove_strays(path)
+    save_json(path, meta)
     print(f"{folder} is finished: {totals(meta)}{bad}")
-    empty = [split for split in SPLITS if not meta["splits"][split]["images"]]
-    if empty:
-        print(f"note: no image fell to {' and '.join(empty)}; --val_fraction, --test_fraction say which do")
+    for split, flags in (("val", "--val_fraction says"), ("test", "--test_fraction or --val_source says")):
+        if not meta["splits"][split]["images"]:
+            print(f"note: no image fell to {split}; {flags} which do")
 
 
 def check_sizes(folder, meta):

@@ -88,7 +88,7 @@ class Batches:
 def open_batches(path, net, device, dtype):
     """The Batches of a model, a function of data and settings. Raises UserError where they do not fit."""
     name = dataset or net.config.get("dataset")
-    if name and isinstance(name, str):
+    if isinstance(name, str) and name:
         folder = os.path.join(data_dir, name)
         if net.vocab_size:
             return open_text(path, net, name, folder, device)

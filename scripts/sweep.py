@@ -6,7 +6,6 @@ Runs a trainer over a grid of settings, a folder a run, and tabulates what came 
     python -m scripts.sweep --configs=config/demo.py --grid="attn_wd=0,1,4; seed=1,2"
     python -m scripts.sweep config/sweep/wd_grid.py --collect_only   # tables of what is there by now
     python -m scripts.sweep config/sweep/wd_grid.py --dry_run | parallel --jobs 2
-    python -m scripts.sweep config/sweep/wd_grid.py --dry_run | sed -n "${SLURM_ARRAY_TASK_ID}p" | bash
 
 A grid is `setting=value,value; setting=value,...`; every combination is a cell. Settings joined by +
 vary together, with one value for all or one each: `attn_wd+mlp_wd=0,1` or
@@ -24,18 +23,18 @@ import itertools
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from configurator import configure, current, known, parse, script_settings
 from nanorank.console import StopSignal, time_left
 from nanorank.errors import UserError, user_errors
 from nanorank.run_settings import FREE_ON_RESUME
+from nanorank.shards import n_cores
 from nanorank.sweep_tables import as_text, collect, report
-from nanorank.tables import write_csv
 
 # --------------------------------------------------------------------------- settings
 trainer = "train_lm.py"         # train_lm.py or train_vit.py
@@ -54,7 +53,7 @@ figure = True                   # draw the figures (needs matplotlib)
 # table
 rows = "attn_wd"                # the setting that has a row a value
 columns = "mlp_wd"              # the setting that has a column a value; the rest of the grid: a table each
-metric = ""                     # a column of sweep.csv; empty: test_acc where there is one, else test_ppl
+metric = ""                     # a column of sweep.csv; empty: test_acc or test_ppl, else val's
 
 # settings that describe the model: result.json has the model's own
 SHAPE = (
@@ -62,65 +61,47 @@ SHAPE = (
     "mlp", "post_norm", "bias", "tied", "pool", "positions",
 )
 SET_BY_SWEEP = ("out_dir", "init_from", "overwrite", "eval_only")
-RESULT = "result.json"
-LOG = "output.log"
-
-# ------------------------------------------------------------------------------- grid
 
 
 class Cell(NamedTuple):
-    """One run of the grid."""
-
     values: dict    # {setting: value} of those that vary
-    folder: str     # named after them
+    folder: Path    # named after them
     settings: dict  # all that the trainer will have
-
-    @property
-    def name(self):
-        return os.path.basename(self.folder)
 
     @property
     def from_checkpoint(self):
         return self.settings["init_from"] not in ("scratch", "auto", "resume")
 
-    def path(self, file):
-        return os.path.join(self.folder, file)
+    def has(self, name):
+        return (self.folder / name).exists()
 
-    def has(self, file):
-        return os.path.exists(self.path(file))
 
+# ------------------------------------------------------------------------------- grid
 
 def read_grid(text, defaults):
-    """The axes of a grid, each a list of {setting: value}.
-
-    defaults: {setting: default} of the trainer; values get the default's type.
-    Raises UserError naming the part of the text that is wrong.
-    """
+    """The axes of a grid, each a list of {setting: value}. defaults: {setting: default} of the trainer."""
     axes = []
     seen = set()
     for part in text.replace("\n", ";").split(";"):
         part = part.strip()
         if not part:
             continue
-        left, equals, right = part.partition("=")
+        left, _, right = part.partition("=")
         names = []
         for name in left.split("+"):
-            names.append(known(name.strip(), defaults, f"in the grid: {name.strip() or part!r}"))
-        values = [value.strip() for value in right.split(",")]
-        if not equals or not all(values):
-            raise UserError(f"--grid: {part!r} lacks a value; write {names[0]}=VALUE,VALUE,...")
-        for name in names:
+            name = known(name.strip(), defaults, f"in the grid: {name.strip() or part!r}")
             if name in seen:
                 raise UserError(f"--grid: {name} stands there twice")
             if name in SET_BY_SWEEP:
                 raise UserError(f"--grid: {name} is set by the sweep itself; it cannot vary")
             seen.add(name)
+            names.append(name)
 
         axis = []
-        for value in values:
-            point = read_point(left.strip(), names, value, defaults)
+        for value in right.split(","):
+            point = read_point(part, names, value.strip(), defaults)
             if point in axis:
-                raise UserError(f"--grid: {left.strip()}={value} stands there twice")
+                raise UserError(f"--grid: {left.strip()}={value.strip()} stands there twice")
             axis.append(point)
         axes.append(axis)
     if not axes:
@@ -128,18 +109,19 @@ def read_grid(text, defaults):
     return axes
 
 
-def read_point(left, names, value, defaults):
-    """{setting: value} of settings that vary together: `1e-3:1e-4` has one each, `1` is for all of them."""
+def read_point(part, names, value, defaults):
+    """{setting: value}: `1e-3:1e-4` has one for each name, `1` is for all of them."""
+    if not value:
+        raise UserError(f"--grid: {part!r} lacks a value; write {names[0]}=VALUE,VALUE,...")
     each = value.split(":") if len(names) > 1 else [value]
     if len(each) == 1:
         each = each * len(names)
     if len(each) != len(names):
-        raise UserError(f"--grid: {value!r} is not one value for all of {left}, nor one each")
+        raise UserError(f"--grid: {value!r} is not one value for all of {'+'.join(names)}, nor one each")
     return {name: parse(f"--grid: {name}", defaults[name], x) for name, x in zip(names, each)}
 
 
 def trainer_args():
-    """configs and fixed as the trainer's command line has them."""
     try:
         return [*configs.replace(",", " ").split(), *shlex.split(fixed)]
     except ValueError as error:
@@ -147,66 +129,42 @@ def trainer_args():
 
 
 def make_cells(path):
-    """The cells of the grid, runs of the trainer at `path`.
-
-    Raises UserError where grid, configs or flags are wrong.
-    """
     defaults = script_settings({"__file__": path})
     axes = read_grid(grid, defaults)
     base = {"__file__": path, **defaults}
     configure(base, argv=trainer_args())
+    known(rows, defaults, f"--rows={rows}")
+    known(columns, defaults, f"--columns={columns}")
+
     cells = []
     for combination in itertools.product(*axes):
         values = {}
         for point in combination:
             values.update(point)
-        name = ",".join(f"{name}={as_text(value)}" for name, value in values.items())
-        folder = os.path.join(out_dir, name.replace("/", "_"))
-        cells.append(Cell(values, folder, {**current(base), **values}))
-    for name, value in (("rows", rows), ("columns", columns)):
-        known(value, defaults, f"--{name}={value}")
+        name = ",".join(f"{name}={as_text(value)}" for name, value in values.items()).replace("/", "_")
+        cells.append(Cell(values, Path(out_dir, name), {**current(base), **values}))
     return cells
 
 
-def check_settings():
-    """Raises UserError naming the setting, its value and the fix."""
-    if trainer not in ("train_lm.py", "train_vit.py"):
-        raise UserError(f"--trainer={trainer}: expects train_lm.py or train_vit.py")
-    for name, value, least in (("jobs", jobs, 0), ("nproc", nproc, 1), ("threads", threads, 0)):
-        if value < least:
-            raise UserError(f"--{name}={value} must be at least {least}")
-    if gpus and len(gpus.split(",")) < nproc:
-        raise UserError(f"--gpus={gpus} are fewer than --nproc={nproc}")
-
-
-def command(cell, path, python=("python",), torchrun=("torchrun",)):
+def command(cell, path):
     """The command line of a cell, a list: it starts the run, or goes on with a broken one."""
-    if nproc > 1:
-        launcher = [*torchrun, "--standalone", f"--nproc_per_node={nproc}"]
-    else:
-        launcher = list(python)
-    line = [*launcher, path, *trainer_args()]
+    line = ["torchrun", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else ["python"]
+    line += [path, *trainer_args()]
     line += [f"--{name}={as_text(value)}" for name, value in cell.values.items()]
     line.append(f"--out_dir={cell.folder}")
-    if cell.from_checkpoint and not cell.has("ckpt.pt"):
-        line.append(f"--init_from={cell.settings['init_from']}")
-    else:
-        line.append("--init_from=auto")
-    if not cell.has(RESULT):
+    first = cell.from_checkpoint and not cell.has("ckpt.pt")
+    line.append(f"--init_from={cell.settings['init_from'] if first else 'auto'}")
+    if not cell.has("result.json"):
         # a run killed before its first checkpoint starts over; where there is a checkpoint, auto resumes it
         line.append("--overwrite")
     return line
 
 
 def finished(cell):
-    """result.json of a finished cell, else None.
-
-    Raises UserError where it was made with other settings.
-    """
-    path = cell.path(RESULT)
+    """result.json of a finished cell, else None. Raises UserError where it was made with other settings."""
+    path = cell.folder / "result.json"
     try:
-        with open(path, encoding="utf-8") as file:
-            result = json.load(file)
+        result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:
@@ -214,13 +172,11 @@ def finished(cell):
 
     differ = []
     for name, value in cell.settings.items():
-        if name in FREE_ON_RESUME or result.get(name) == value:
-            continue
         # a checkpoint has its own shape, and 0 stands for what the trainer makes of it
         is_zero = type(value) is int and value == 0
-        if name in SHAPE and (cell.from_checkpoint or is_zero):
-            continue
-        differ.append(f"{name} was {result.get(name)}, is {value}")
+        free = name in FREE_ON_RESUME or (name in SHAPE and (cell.from_checkpoint or is_zero))
+        if not free and result.get(name) != value:
+            differ.append(f"{name} was {result.get(name)}, is {value}")
     if differ:
         advice = "--out_dir goes elsewhere, or delete that folder"
         raise UserError(f"{path} is of another run: {'; '.join(differ)}; {advice}")
@@ -230,10 +186,7 @@ def finished(cell):
 # ------------------------------------------------------------------------------- runs
 
 def run(cells, path, stop):
-    """Trains these cells until all have ended or a signal stops them.
-
-    Returns {cell's name: why it failed}.
-    """
+    """Trains these cells until all have ended or a signal stops them: {folder's name: why it failed}."""
     groups = gpu_groups()
     at_once = jobs or max(1, len(groups))
     n_threads = threads or max(1, n_cores() // (at_once * nproc))
@@ -241,25 +194,22 @@ def run(cells, path, stop):
     waiting = list(cells)
     running = {}  # {process: (cell, slot, when it started)}
     failed = {}
-    took = []  # seconds of each finished run
+    began = time.monotonic()
 
     while waiting or running:
         while waiting and free_slots and not stop.signal:
             cell = waiting.pop(0)
-            slot = free_slots.pop(0)
             env = {**os.environ, "OMP_NUM_THREADS": str(n_threads)}
             if groups:
-                env["CUDA_VISIBLE_DEVICES"] = groups[slot % len(groups)]
+                env["CUDA_VISIBLE_DEVICES"] = groups[free_slots[0] % len(groups)]
             try:
                 process = start(cell, path, env)
             except BlockingIOError:
-                failed[cell.name] = "another sweep's trainer is at work in its folder"
-                free_slots.append(slot)
+                failed[cell.folder.name] = "another sweep's trainer is at work in its folder"
             except OSError as error:  # a full disk: the runs that have started may still finish
-                failed[cell.name] = str(error)
-                free_slots.append(slot)
+                failed[cell.folder.name] = str(error)
             else:
-                running[process] = (cell, slot, time.monotonic())
+                running[process] = cell, free_slots.pop(0), time.monotonic()
 
         if stop.signal:
             print(f"signal {stop.signal}: {len(running)} runs save and end", flush=True)
@@ -267,40 +217,37 @@ def run(cells, path, stop):
                 process.send_signal(stop.signal)
             for process in running:
                 process.wait()
-            return failed
+            break
 
         time.sleep(0.1)
-        ended = [process for process in running if process.poll() is not None]
-        for process in ended:
+        for process in [process for process in running if process.poll() is not None]:
             cell, slot, started = running.pop(process)
             free_slots.append(slot)
-            seconds = time.monotonic() - started
             why = reason(cell, process.returncode)
             if why:
-                failed[cell.name] = why
-            else:
-                took.append(seconds)
+                failed[cell.folder.name] = why
 
             n_done = len(cells) - len(waiting) - len(running)
             status = "FAILED" if why else "done"
-            line = f"[{n_done}/{len(cells)}] {cell.name} {status} in {time_left(seconds)}"
-            line += f"; {len(running)} running"
-            if took:
-                spent = sum(time.monotonic() - started for _, _, started in running.values())
-                left = statistics.mean(took) * (len(waiting) + len(running)) - spent
-                line += f", {time_left(max(0, left / at_once))} left"
-            print(line, flush=True)
+            now = time.monotonic()
+            left = time_left((now - began) / n_done * (len(cells) - n_done))
+            print(f"[{n_done}/{len(cells)}] {cell.folder.name} {status} in {time_left(now - started)}; "
+                  f"{len(running)} running, {left} left", flush=True)
     return failed
 
 
-def start(cell, path, env):
-    """Starts the trainer of a cell.
+def gpu_groups():
+    """["0,1", "2,3"]: the GPUs of each run, nproc a run."""
+    names = gpus.split(",") if gpus else []
+    return [",".join(names[i:i + nproc]) for i in range(0, len(names) - nproc + 1, nproc)]
 
-    Raises BlockingIOError where another sweep has one at work in its folder.
-    """
-    os.makedirs(cell.folder, exist_ok=True)
-    line = command(cell, path, [sys.executable], [sys.executable, "-m", "torch.distributed.run"])
-    with open(cell.path(LOG), "ab") as log:
+
+def start(cell, path, env):
+    """Starts a cell's trainer. Raises BlockingIOError where another sweep has one at work in its folder."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    program = [sys.executable, "-m", "torch.distributed.run"] if nproc > 1 else [sys.executable]
+    line = [*program, *command(cell, path)[1:]]
+    with open(cell.folder / "output.log", "ab") as log:
         # The trainer inherits this lock with the open file and holds it as long as it lives, even when
         # the sweep dies. filelock cannot do that: its file is closed in the processes that we start.
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -310,38 +257,28 @@ def start(cell, path, env):
         )
 
 
-def gpu_groups():
-    """["0,1", "2,3"]: the GPUs of each run, nproc a run; those that are left over stay idle."""
-    if not gpus:
-        return []
-    names = gpus.split(",")
-    return [",".join(names[i:i + nproc]) for i in range(0, len(names) - nproc + 1, nproc)]
-
-
-def n_cores():
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
 def reason(cell, code):
     """Why a run whose trainer ended with this exit code failed, in one line; empty where it finished."""
-    if code == 0 and cell.has(RESULT):
-        return ""
+    why = f"killed by signal {-code}" if code < 0 else f"exit {code}"
     if code == 0:
-        why = f"wrote no {RESULT}"
-    elif code < 0:
-        why = f"killed by signal {-code}"
-    else:
-        why = f"exit {code}"
-    last = "no output"
-    with open(cell.path(LOG), encoding="utf-8", errors="replace") as file:
-        for line in file:
-            last = line.strip() or last
-    return f"{why}: {last}"
+        if cell.has("result.json"):
+            return ""
+        why = "wrote no result.json"
+    output = (cell.folder / "output.log").read_text(encoding="utf-8", errors="replace").strip()
+    return f"{why}: {output.splitlines()[-1] if output else 'no output'}"
 
 
 # ------------------------------------------------------------------------------- main
+
+def check_settings():
+    if trainer not in ("train_lm.py", "train_vit.py"):
+        raise UserError(f"--trainer={trainer}: expects train_lm.py or train_vit.py")
+    for name, value, least in (("jobs", jobs, 0), ("nproc", nproc, 1), ("threads", threads, 0)):
+        if value < least:
+            raise UserError(f"--{name}={value} must be at least {least}")
+    if gpus and not gpu_groups():
+        raise UserError(f"--gpus={gpus} are fewer than --nproc={nproc}")
+
 
 def print_commands(cells, path):
     """A line a cell, also of finished ones: a job array counts lines."""
@@ -355,11 +292,10 @@ def print_commands(cells, path):
 
 def main():
     check_settings()
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = os.path.relpath(os.path.join(root, trainer))
+    path = os.path.relpath(Path(__file__).resolve().parents[1] / trainer)
     cells = make_cells(path)
     # refuses results of other settings before anything runs
-    results = {cell.name: finished(cell) for cell in cells}
+    results = [finished(cell) for cell in cells]
     if dry_run:
         print_commands(cells, path)
         return
@@ -368,24 +304,18 @@ def main():
     stop = StopSignal()
     failed = {}
     if not collect_only:
-        todo = [cell for cell in cells if not results[cell.name]]
+        todo = [cell for cell, result in zip(cells, results) if not result]
         n_broken = sum(cell.has("ckpt.pt") for cell in todo)
-        print(
-            f"{len(cells)} cells: {len(cells) - len(todo)} finished, {n_broken} to resume, "
-            f"{len(todo) - n_broken} to start", flush=True,
-        )
+        print(f"{len(cells)} cells: {len(cells) - len(todo)} finished, {n_broken} to resume, "
+              f"{len(todo) - n_broken} to start", flush=True)
         failed = run(todo, path, stop)
-        results = {cell.name: finished(cell) for cell in cells}
+        results = [finished(cell) for cell in cells]
 
-    summary, curves = collect(cells, results, failed, skip=FREE_ON_RESUME)
-    write_csv(os.path.join(out_dir, "sweep.csv"), summary)
-    if curves:
-        write_csv(os.path.join(out_dir, "curves.csv"), curves)
+    summary, curves = collect(cells, results, failed, out_dir, skip=FREE_ON_RESUME)
     if stop.signal:
-        n_done = sum(result is not None for result in results.values())
-        print(
-            f"stopped by signal {stop.signal}, {n_done} of {len(cells)} runs done: the same command goes on"
-        )
+        n_done = len(cells) - results.count(None)
+        print(f"stopped by signal {stop.signal}, {n_done} of {len(cells)} runs done: "
+              "the same command goes on")
         raise SystemExit(128 + stop.signal)
 
     report(cells, summary, out_dir, rows, columns, metric)
@@ -393,9 +323,8 @@ def main():
         from nanorank.figures import sweep as figures
         print("figures: " + ", ".join(figures.sweep(out_dir)))
     if failed:
-        lines = [f"{len(failed)} of {len(cells)} runs failed; the same command tries them again:"]
-        lines += [f"  {name}: {why}" for name, why in failed.items()]
-        print("\n".join(lines), file=sys.stderr)
+        print(f"{len(failed)} of {len(cells)} runs failed; the same command tries them again:",
+              *(f"  {name}: {why}" for name, why in failed.items()), sep="\n", file=sys.stderr)
         raise SystemExit(1)
 
 

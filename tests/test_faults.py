@@ -3,10 +3,8 @@ Short runs of trials/faults.py, and faults at chosen moments: two runs in one fo
 disks, clocks that jump, losses and gradients that are not finite.
 """
 import contextlib
-import csv
 import errno
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -17,18 +15,30 @@ import time
 
 import pytest
 import torch
-from conftest import REPO, TINY, assert_same_weights, environment, flags, load, signalled_in_step, torchrun
+from conftest import (
+    REPO,
+    TINY,
+    assert_same_weights,
+    environment,
+    flags,
+    load,
+    logged,
+    run_main,
+    signalled_in_step,
+    torchrun,
+)
+from conftest import command as run
 
 import nanorank.run
 import train_lm
 import train_vit
 from nanorank.distributed import exit_codes
 from nanorank.run_folder import RunLog, lock_folder
+from nanorank.tables import read_csv
 
 
 def ends(code, call, capsys, *words):
-    """Asserts that a call ends as at the bottom of train_lm.py: this exit status, and one line that has these
-    words."""
+    """Asserts that a call ends as at the bottom of train_lm.py, with one line that has these words."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop, exit_codes("train_lm.py"):
         call()
@@ -38,41 +48,36 @@ def ends(code, call, capsys, *words):
         assert str(word) in lines[0], lines[0]
 
 
-def run(command):
-    command = [str(word) for word in command]
-    return subprocess.run(command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=300)
-
-
 # --------------------------------------------------------------- random moments
 
+UNSHARE = ["unshare", "-rm"] if os.geteuid() else []  # root may mount as it is
+
+
 def trials(tmp_path, *args):
-    """Runs faults.py, in a namespace of its own where that is needed to mount. Its rows {trial: row}."""
-    alone = ["unshare", "-rm"] if "disk" in args and os.geteuid() else []
+    """Runs faults.py, in a namespace of its own where it mounts. Returns the number of trials."""
+    alone = UNSHARE if "disk" in args else []
     seed = time.time_ns() % 2**31
     faults = [sys.executable, "tests/trials/faults.py", *args, f"--seed={seed}", f"--out_dir={tmp_path}"]
-    result = run([*alone, *faults])
+    result = run(*alone, *faults)
     assert result.returncode == 0, result.stdout + result.stderr
-    with open(tmp_path / "faults.csv", newline="") as file:
-        rows = {row["trial"]: row for row in csv.DictReader(file)}
-    assert all(int(row["survived"]) == int(row["faults"]) > 0 for row in rows.values()), rows
-    return rows
+    rows = read_csv(tmp_path / "faults.csv")
+    assert (rows["survived"] == rows["faults"]).all() and (rows["faults"] > 0).all(), rows
+    return len(rows)
 
 
 def test_killed_and_on_a_full_disk_at_random_moments(tmp_path):
     probe = "mount -t tmpfs -o size=1m probe /mnt && umount /mnt"
-    alone = ["unshare", "-rm"] if os.geteuid() else []
-    mounts = run([*alone, "bash", "-c", probe]).returncode == 0
+    mounts = run(*UNSHARE, "bash", "-c", probe).returncode == 0
     disk = ["disk"] if mounts else []
-    rows = trials(tmp_path, "train_lm", "prepare_pile", "prepare_imagenet", *disk, "--kills=2")
-    assert len(rows) == (7 if mounts else 3)
+    n = trials(tmp_path, "train_lm", "prepare_pile", "prepare_imagenet", *disk, "--kills=2")
+    assert n == (7 if mounts else 3)
     if not mounts:
         pytest.skip("kills are survived; the full disk needs a tmpfs, and none can be mounted here")
 
 
 @pytest.mark.slow
 def test_vit_sweep_signals_and_torchrun(tmp_path):
-    rows = trials(tmp_path, "train_vit", "sweep", "saves", "signals", "torchrun", "--kills=2")
-    assert len(rows) == 11
+    assert trials(tmp_path, "train_vit", "sweep", "saves", "signals", "torchrun", "--kills=2") == 11
 
 
 # ---------------------------------------------------------- one run in a folder
@@ -185,7 +190,7 @@ def read_only(folder):
         for path, mode in modes.items():
             path.chmod(mode)
         return
-    if run(["mount", "--bind", folder, folder]).returncode:
+    if run("mount", "--bind", folder, folder).returncode:
         pytest.skip("root cannot mount here")
     subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
     try:
@@ -203,14 +208,14 @@ def test_a_disk_that_refuses_ends_both_processes(train, tmp_path, data_dir):
     settings = {**TINY, "data_dir": data_dir, "batch_size": 2, "out_dir": tmp_path / "a"}
     command = [*torchrun(2), "train_lm.py", *flags(**settings), "--init_from=resume"]
     with largest_file(len(before) // 2):
-        result = run(command)
+        result = run(*command)
     assert result.returncode == 1, result.stderr
     assert "train_lm.py: [Errno 27]" in result.stderr, result.stderr
     assert "ckpt.pt'; once that is mended" in result.stderr, result.stderr
     assert "]: Traceback" not in result.stderr, result.stderr  # torchrun's own has no [rank1]: before it
     assert "process 1 lost another one" in result.stderr, result.stderr
     assert path.read_bytes() == before
-    result = run(command)
+    result = run(*command)
     assert result.returncode == 0 and load(path)["iter_num"] == 20, result.stderr
 
 
@@ -225,8 +230,7 @@ def test_clocks_that_jump_change_nothing(train, tmp_path, monkeypatch):
     jumpy = train(tmp_path / "jumpy")
     assert_same_weights(tmp_path / "straight" / "ckpt.pt", tmp_path / "jumpy" / "ckpt.pt")
     assert 0 < jumpy["seconds"] < 60 and jumpy["test_loss"] == straight["test_loss"]
-    lines = [json.loads(line) for line in (tmp_path / "jumpy" / "log.jsonl").read_text().splitlines()]
-    assert all(line["tokens_per_s"] > 0 for line in lines if "tokens_per_s" in line)
+    assert min(logged(tmp_path / "jumpy", "tokens_per_s")) > 0
 
 
 # ------------------------------------------------------------------- not finite
@@ -275,9 +279,8 @@ def test_a_vit_loss_that_is_not_finite_keeps_the_good_checkpoint(tmp_path, image
         "eval_interval": 10, "log_interval": 5, "eval_iters": 1,
     }
     monkeypatch.setattr(train_vit.F, "cross_entropy", poisoned)
-    for name, value in settings.items():
-        monkeypatch.setattr(train_vit, name, value)
-    ends(1, train_vit.main, capsys, "train_vit.py: loss nan", "at step 13 on process 0", tmp_path / "ckpt.pt")
+    ends(1, lambda: run_main(train_vit, settings), capsys,
+         "train_vit.py: loss nan", "at step 13 on process 0", tmp_path / "ckpt.pt")
     assert_good_checkpoint(tmp_path / "ckpt.pt")
 
 
@@ -314,9 +317,9 @@ def test_one_of_two_processes_is_poisoned(tmp_path, data_dir, what):
     poison = tmp_path / "poison.py"
     poison.write_text(POISON.format(repo=str(REPO), what=what))
     settings = {**TINY, "data_dir": data_dir, "batch_size": 2, "out_dir": tmp_path / "a"}
-    result = run([*torchrun(2), poison, *flags(**settings)])
+    result = run(*torchrun(2), poison, *flags(**settings))
     said = [line for line in result.stderr.splitlines() if line.startswith("train_lm.py:")]
-    where = "at step 13 on process 1" if what == "loss" else "at step 13 on process 0"
+    where = f"at step 13 on process {1 if what == 'loss' else 0}"
     assert result.returncode == 1 and len(said) == 1, result.stderr
     assert "nan" in said[0] and where in said[0], said
     assert_good_checkpoint(tmp_path / "a" / "ckpt.pt")

@@ -19,10 +19,10 @@ import pytest
 import tiktoken
 
 import prepare_pile
-from nanorank import text_files
-from nanorank.errors import user_errors
-from nanorank.shards import SPLITS, only_process
-from nanorank.tokens import TokenSplit, crc32, read_meta
+from nanorank import text_sources
+from nanorank.errors import UserError, user_errors
+from nanorank.shards import SPLITS, only_process, split_by_hash
+from nanorank.tokens import TokenSplit, crc32, open_splits, read_meta
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 WORDS = ("the of and in there then here other heat rate in\n the  \n\n\tthen é 中文 😀 he's "
@@ -128,7 +128,8 @@ NO_SPLIT = {"val_fraction": 0.0, "test_fraction": 0.0}
 
 # ---------------------------------------------------------------------- sources
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("suffix", [
+    ".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".parquet", ".arrow", ".csv"])
 def test_format(prepare, tmp_path, suffix):
     texts = texts_like_the_pile(200)
     path = tmp_path / f"a{suffix}"
@@ -136,11 +137,20 @@ def test_format(prepare, tmp_path, suffix):
     if suffix == ".parquet":
         pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         pq.write_table(pa.table({"other": list(range(200)), "text": texts}), path, row_group_size=70)
+    elif suffix in (".arrow", ".csv"):  # the datasets library reads these
+        datasets = pytest.importorskip("datasets")
+        texts = [text for text in texts if text] if suffix == ".csv" else texts  # an empty field is no text
+        rows = datasets.Dataset.from_dict({"other": list(range(len(texts))), "text": texts})
+        if suffix == ".csv":
+            rows.to_csv(path)
+        else:
+            rows.save_to_disk(tmp_path / "saved")
+            path = tmp_path / "saved"
     elif suffix == ".jsonl.zst":  # two frames, as parallel compressors and cat write them
         pa = pytest.importorskip("pyarrow")
         frames = [pa.compress(part, codec="zstd", asbytes=True) for part in (plain[:5000], plain[5000:])]
         path.write_bytes(b"".join(frames))
-    elif suffix == ".jsonl.gz":
+    elif suffix in (".jsonl.gz", ".json.gz"):
         path.write_bytes(gzip.compress(plain[:5000]) + gzip.compress(plain[5000:]))
     else:
         path = tmp_path / "plain.jsonl"
@@ -150,7 +160,7 @@ def test_format(prepare, tmp_path, suffix):
     meta = read_meta(str(folder))
     about = {"vocab_size": 268, "eot": 266, "dtype": "uint16", "tokenizer": "tiny", "source": str(path)}
     assert about.items() <= meta.items()
-    assert meta["splits"]["train"]["documents"] == 200 and not meta["bad_records"]
+    assert meta["splits"]["train"]["documents"] == len(texts) and not meta["bad_records"]
     assert all(file["crc32"] == crc32(folder / file["name"]) for file in meta["splits"]["train"]["files"])
     split = TokenSplit(str(folder), "train", 64)
     assert split.n_tokens == meta["splits"]["train"]["tokens"] == len(reference(texts))
@@ -181,7 +191,7 @@ def test_python_and_packages(prepare, tmp_path, monkeypatch):
                        ("site-packages/c.so", "no")):
         (tmp_path / "lib" / name).write_text(text, encoding="utf-8")
     places = {"stdlib": tmp_path / "lib", "purelib": tmp_path / "lib" / "site-packages"}
-    monkeypatch.setattr(text_files.sysconfig, "get_path", lambda name: str(places[name]))
+    monkeypatch.setattr(text_sources.sysconfig, "get_path", lambda name: str(places[name]))
     assert prepare(source="python", dataset="auto", tokenizer="auto", **NO_SPLIT)[0] == 0
     folder = tmp_path / "data" / "python"
     library = [*b"a = 1\n", 256, *"b = 'é'\n".encode(), 256]
@@ -240,6 +250,95 @@ def test_hash_split_depends_on_nothing_else(prepare, tmp_path):
     distinct = len(set.union(*every.values()))
     assert distinct == sum(map(len, every.values()))  # none is in two splits
     assert abs(len(every["val"]) / distinct - 0.2) < 0.05 and abs(len(every["test"]) / distinct - 0.1) < 0.05
+
+
+def decoded(folder, split):
+    """The text of a split, without what ends documents."""
+    text = tiktoken.get_encoding("tiny").decode(ids(folder, split), errors="strict")
+    return text.replace("<|endoftext|>", "")
+
+
+@pytest.mark.parametrize("n_files", [1, 10])
+def test_plain_text_is_cut_into_splits_behind_lines(prepare, tmp_path, n_files):
+    """Every split has some of each text, about its share, and all of it is there once, in order."""
+    texts = ["".join(f"{k} line {i:04d} é\n" for i in range(2000)) for k in range(n_files)]
+    for k, text in enumerate(texts):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{k}.txt").write_bytes(text.encode())
+    source = tmp_path / "in" if n_files > 1 else tmp_path / "in" / "0.txt"
+    status, output = prepare(source=source, val_fraction=0.1, test_fraction=0.05)
+    assert status == 0 and "note:" not in output
+    lines = {split: decoded(tmp_path / X, split).splitlines() for split in SPLITS}
+    found = []
+    for k in range(n_files):
+        for split in SPLITS:
+            mine = [line for line in lines[split] if line.startswith(f"{k} ")]
+            assert len(mine) == pytest.approx({"train": 1700, "val": 200, "test": 100}[split], abs=2)
+            found += mine
+    assert found == "".join(texts).splitlines()
+    for i in (1, 0):  # two machines
+        assert prepare(source=source, dataset="y", num_shards=2, shard_index=i)[0] == 0
+    for split in SPLITS:
+        assert documents(tmp_path / "data" / "y", split) == documents(tmp_path / X, split)
+
+
+@pytest.mark.parametrize("text, counts", [
+    ("a\nb\nc\n", {"train": "a\n", "val": "b\n", "test": "c\n"}),
+    ("one line", {"train": "one line", "val": "", "test": ""}),
+    ("é" * 1_000_000, {"train": "é" * 960_000, "val": "é" * 20_000, "test": "é" * 20_000})])
+def test_short_texts_and_one_long_line(prepare, tmp_path, text, counts):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())  # the byte-order mark is dropped
+    status, output = prepare(source=tmp_path / "a.txt", val_fraction=0.02, test_fraction=0.02)
+    assert status == 0
+    found = {split: decoded(tmp_path / X, split) for split in SPLITS}
+    assert {split: len(text) for split, text in found.items()} == pytest.approx(
+        {split: len(text) for split, text in counts.items()}, abs=2)
+    assert "".join(found.values()) == text
+    assert ("val holds 33.3% of the tokens" in output) == (text == "a\nb\nc\n")
+    assert ("no document fell to val; --val_fraction or --val_source" in output) == (text == "one line")
+
+
+@pytest.mark.parametrize("n_files, lines, counts", [
+    (10, 1, (8, 1, 1)), (10, 3, (8, 1, 1)), (100, 5, (96, 2, 2)), (3, 2, (1, 1, 1))])
+def test_short_texts_stay_whole(prepare, tmp_path, n_files, lines, counts):
+    (tmp_path / "in").mkdir()
+    for k in range(n_files):
+        (tmp_path / "in" / f"{k:03d}.txt").write_text("".join(f"{k} {i}\n" for i in range(lines)))
+    assert prepare(source=tmp_path / "in", val_fraction=0.02, test_fraction=0.02)[0] == 0
+    found = read_meta(str(tmp_path / X))["splits"]
+    assert tuple(found[split]["documents"] for split in SPLITS) == counts
+
+
+def test_a_long_text_among_short_ones_is_cut(prepare, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "book.txt").write_text("a line of it\n" * 2000)
+    (tmp_path / "in" / "note.txt").write_text("short")
+    assert prepare(source=tmp_path / "in", val_fraction=0.02, test_fraction=0.02)[0] == 0
+    assert decoded(tmp_path / X, "train") == "a line of it\n" * 1920 + "short"
+    assert decoded(tmp_path / X, "val") == decoded(tmp_path / X, "test") == "a line of it\n" * 40
+
+
+def test_train_and_val_files(prepare, tmp_path):
+    for name in ("train", "val"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{name}.txt").write_text(f"{name}\n" * 1000)
+    assert prepare(source=tmp_path / "in", test_fraction=0.0)[0] == 0
+    assert decoded(tmp_path / X, "train") == "train\n" * 1000
+    assert decoded(tmp_path / X, "val") == "val\n" * 1000
+    assert sorted(open_splits(lambda split: TokenSplit(str(tmp_path / X), split, 64))) == ["train", "val"]
+    with pytest.raises(UserError, match="--test_fraction or --test_source"):
+        TokenSplit(str(tmp_path / X), "test", 64)
+
+
+def test_no_document_for_train_is_an_error_at_once(prepare, tmp_path):
+    held_out = "hello"
+    while split_by_hash(held_out.encode(), {"val": 0.02, "test": 0.02}) == "train":
+        held_out += "o"
+    source = write_jsonl(tmp_path / "a.jsonl", [held_out])
+    status, output = prepare(source=source, val_fraction=0.02, test_fraction=0.02)
+    assert status == 2 and "none of the 1 documents" in output and "--val_source" in output
+    write_jsonl(source, [held_out, "more"])  # the wrong try is not in the way
+    assert prepare(source=source, val_fraction=0.02, test_fraction=0.02)[0] == 0
 
 
 def test_given_val_and_test_files(prepare, tmp_path):
@@ -384,6 +483,14 @@ def test_sigterm_saves_and_says_how_to_go_on(prepare, tmp_path, to):
     assert status == 0 and "going on behind chunk" in output
     prepare(source=source, dataset="killed", data_dir=tmp_path / "whole")
     assert contents(tmp_path / "data" / "killed") == contents(tmp_path / "whole" / "killed")
+
+
+def test_a_kill_while_meta_json_is_written_leaves_nothing(prepare, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", texts_like_the_pile(50))
+    assert prepare(source=source)[0] == 0
+    (tmp_path / X / "meta.json").rename(tmp_path / X / "meta.json.tmp123")
+    assert prepare(source=source)[0] == 0
+    assert sorted(path.name for path in (tmp_path / X).glob("meta*")) == ["meta.json"]
 
 
 def test_finished_is_left_alone_and_other_settings_are_refused(prepare, tmp_path):
@@ -542,6 +649,19 @@ def test_corrupt_archive_is_one_line(prepare, tmp_path, suffix, damage):
     lines = [line for line in output.splitlines() if line.startswith("prepare_pile.py")]
     assert status == 2 and len(lines) == 1 and f"{path}: damaged or cut short" in lines[0]
     assert not (tmp_path / X / "meta.json").exists()
+
+
+def test_byte_order_mark_and_wide_zstd_window(prepare, tmp_path):
+    """A first JSON line keeps its document; a window that the reader does not take is named as that."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "first"}\n{"text": "\\ufeffsecond"}\n')
+    assert prepare(source=path, **NO_SPLIT)[0] == 0
+    assert ids(tmp_path / X, "train") == reference(["first", "\ufeffsecond"])
+    pytest.importorskip("pyarrow")
+    # a frame with a window of 2**31 bytes: magic, no size, window, an empty block
+    (tmp_path / "b.jsonl.zst").write_bytes(bytes.fromhex("28b52ffd 00 a8 010000"))
+    status, output = prepare(source=tmp_path / "b.jsonl.zst", dataset="y")
+    assert status == 2 and "zstd window beyond 128 MiB" in output and "damaged" not in output
 
 
 def test_parquet_without_the_column(prepare, tmp_path):

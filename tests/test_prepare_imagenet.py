@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 import zlib
 from collections import Counter
 from types import SimpleNamespace
@@ -27,9 +28,9 @@ from test_prepare import (
 )
 
 from nanorank import image_files
-from nanorank.images import RECORD
+from nanorank.images import RECORD, ImageSplit
 from nanorank.shards import SPLITS
-from nanorank.tokens import crc32
+from nanorank.tokens import crc32, open_splits
 from scripts import prepare_imagenet
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -311,6 +312,81 @@ def test_train_alone_is_split_by_hash(prepare, tmp_path):
     ((10, 5, 5), {"train": "train", "val": "val", "test": "test"}, {"val": 0.0, "test": 0.0})])
 def test_what_becomes_of_the_sources_splits(counts, roles, share):
     assert prepare_imagenet.divide(Counter(dict(zip(("train", "val", "test"), counts)))) == (roles, share)
+
+
+def devkit(folder, wnids):
+    """A devkit whose class numbers are in another order than the names, as ImageNet's are."""
+    io_ = pytest.importorskip("scipy.io")
+    (folder / "data").mkdir(parents=True)
+    order = wnids[::-1] + ["n00001740"]  # and a class above the others, as in the real one
+    synsets = np.zeros(len(order), dtype=[("ILSVRC2012_ID", object), ("WNID", object)])
+    for i, wnid in enumerate(order):
+        synsets[i] = (float(i + 1), wnid)
+    io_.savemat(folder / "data" / "meta.mat", {"synsets": synsets[:, None]})
+    return {wnid: i + 1 for i, wnid in enumerate(order)}
+
+
+@pytest.mark.parametrize("how", ["csv", "devkit", "class folders"])
+def test_imagenets_validation_set_as_users_have_it(prepare, tmp_path, how):
+    """A bare training tar and a flat tar or folder with labels become train and test."""
+    wnids = ["n01440764", "n01443537", "n02119789"]
+    train = {f"{wnid}/{wnid}_{i}.JPEG": encoded(photo(f"{wnid}{i}")) for wnid in wnids for i in range(8)}
+    tar = write_tar(tmp_path / "train.tar", train)
+    names = [f"ILSVRC2012_val_{i:08d}" for i in range(1, 10)]
+    label = {name: int(zlib.crc32(name.encode()) % 3) for name in names}
+    val = {f"{name}.JPEG": encoded(photo(name)) for name in names}
+    labels = tmp_path / "labels.csv"
+    if how == "csv":
+        rows = [f"{name},{wnids[label[name]]} 1 2 3 4 {wnids[0]} 1 2 3 4 " for name in reversed(names)]
+        labels.write_text("ImageId,PredictionString\n" + "\n".join(rows) + "\n")
+        place = write_tar(tmp_path / "val.tar", val)
+    elif how == "devkit":
+        labels = tmp_path / "kit"
+        number = devkit(labels, wnids)
+        truth = "".join(f"{number[wnids[label[name]]]}\n" for name in names)
+        (labels / "data" / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
+        place = write_folder(tmp_path / "val", val)
+    else:
+        labels = ""
+        place = write_folder(tmp_path / "val", {
+            f"{wnids[label[name[:-5]]]}/{name}": data for name, data in val.items()} | {"n09/1.JPEG": b"x"})
+    status, output = prepare(source=tar, val_source=place, val_labels=labels, val_fraction=1e-9)
+    assert status == 0 and "test: 9 of the source's val" in output, output
+    assert ("1 images of --val_source are left out (of classes that train has not)" in output) == (not labels)
+    assert_stored(tmp_path / X, "test", [(val[f"{name}.JPEG"], label[name]) for name in names])
+    every_train = [(data, wnids.index(name.split("/")[0])) for name, data in train.items()]
+    assert_stored(tmp_path / X, "train", every_train)
+    one_line(prepare(source=tar, val_source="", val_labels=""), "was made with --val_source=")
+    one_line(prepare(source=tar, dataset="y", val_labels="a.csv", val_source=""), "needs --val_source")
+    flat = write_folder(tmp_path / "flat", val)
+    one_line(prepare(source=tar, dataset="y", val_source=flat, val_labels=""), "LOC_val_solution.csv")
+
+
+def test_a_part_of_imagenets_training_images_is_no_test(prepare, tmp_path):
+    files = {f"{wnid}/{i}.JPEG": encoded(photo(f"{wnid}{i}")) for wnid in ("n01", "n02") for i in range(30)}
+    files = {name.replace("n0", "n0000000"): data for name, data in files.items()}
+    tar = write_tar(tmp_path / "train.tar", files)
+    status, output = prepare(source=tar, val_fraction=0.3)
+    assert status == 0 and "no test, which for ImageNet is its validation set: --val_source" in output
+    assert not stored(tmp_path / X, "test") and len(stored(tmp_path / X, "val")) > 5
+    data = open_splits(lambda split: ImageSplit(str(tmp_path / X), split))
+    assert sorted(data) == ["train", "val"]
+    assert prepare(source=tar, dataset="y", test_fraction=0.3)[0] == 0  # asked for
+    assert stored(tmp_path / "data" / "y", "test")
+
+
+def test_pillows_warnings_do_not_leak(prepare, tmp_path, monkeypatch):
+    open_image = prepare_imagenet.open_image
+
+    def warn(*args):
+        warnings.warn("Corrupt EXIF data", stacklevel=1)
+        return open_image(*args)
+
+    monkeypatch.setattr(prepare_imagenet, "open_image", warn)
+    source = write_folder(tmp_path / "in", some_files("train"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Corrupt EXIF")
+        assert prepare(source=source)[0] == 0
 
 
 def test_strange_folders(prepare, tmp_path):

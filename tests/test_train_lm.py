@@ -4,6 +4,7 @@ Runs of train_lm.py against each other: straight, resumed, killed, on two proces
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,17 @@ def test_import_set_main(train, tmp_path):
     result = train(tmp_path / "a", max_iters=2)
     assert result["steps"] == 2 and result["tokens"] == 2 * 4 * 32 and result["attn_wd"] == 1.0
     assert result["test_ppl"] == pytest.approx(math.exp(result["test_loss"]))
+
+
+def test_data_without_a_test_split(train, tmp_path, data_dir):
+    shutil.copytree(data_dir / "text", tmp_path / "data" / "text")
+    meta = json.loads((tmp_path / "data" / "text" / "meta.json").read_text())
+    meta["splits"]["test"] = {"tokens": 0, "files": []}
+    (tmp_path / "data" / "text" / "meta.json").write_text(json.dumps(meta))
+    result = train(tmp_path / "a", max_iters=1, data_dir=str(tmp_path / "data"))
+    assert result["val_loss"] > 0 and not any(name.startswith("test_") for name in result)
+    train(tmp_path / "b", eval_only=True, init_from=str(tmp_path / "a"), data_dir=str(tmp_path / "data"))
+    assert "test_loss" not in json.loads((tmp_path / "b" / "eval.json").read_text())
 
 
 def test_losses_are_those_of_the_saved_model(train, tmp_path, data_dir):

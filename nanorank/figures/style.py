@@ -17,7 +17,9 @@ from nanorank.tables import read_csv
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX*"
 PRODUCTS = {"qk": r"$W_K^\top W_Q$", "ov": r"$P\,W_V$"}
-STYLE = {
+MOST_RUNS = 4  # rows of a figure that has a row a run
+HEAD_COLUMNS = ("checkpoint", "step", "layer", "head", "product", "d_head")
+plt.rcParams.update({
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -25,15 +27,7 @@ STYLE = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "pdf.fonttype": 42,
-    "savefig.dpi": 160,
-}
-WIDE_STYLE = {**STYLE, "savefig.dpi": 110}
-MOST_RUNS = 4  # rows of a figure that has a row a run
-HEAD_COLUMNS = ("checkpoint", "step", "layer", "head", "product", "d_head")
-
-
-def colour_of(i):
-    return COLOURS[i % len(COLOURS)]
+})
 
 
 def look(i):
@@ -41,11 +35,13 @@ def look(i):
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
-def read_runs(path, columns):
-    """read_csv with two more columns: `run`, a short name, and `place`, the layer with its stack if any.
+def shade(i, n):
+    """The i-th of n colours that go from dark to bright."""
+    return plt.get_cmap("viridis")(0.9 * i / max(1, n - 1))
 
-    Raises UserError where the file cannot be read, has no rows or lacks one of `columns`.
-    """
+
+def read_runs(path, columns):
+    """read_csv with two more columns: `run`, a short name, and `place`, the layer with its stack if any."""
     table = read_csv(path, columns)
     folders = table["checkpoint"].astype(str).map(run_of)
     table["run"] = folders.map(short_names(list(folders.unique())))
@@ -65,15 +61,22 @@ def short_names(folders):
     if len(names) > 1 and max(map(len, names)) > 24:
         # long names: leave out what they share
         start = os.path.commonprefix(names)
-        end = os.path.commonprefix([name[::-1] for name in names])[::-1]
+        end = os.path.commonprefix([name[::-1] for name in names])
         middles = [f"...{name[len(start):len(name) - len(end)]}" for name in names]
         names = middles if len(set(middles)) == len(names) else folders
     return dict(zip(folders, names))
 
 
-def by_run(table, most=None):
-    """[(short name, its rows), ...] in the file's order, the first `most` of them."""
-    return list(table.groupby("run", sort=False))[:most]
+def pick(table, **values):
+    """The rows that have these values in these columns."""
+    for name, value in values.items():
+        table = table[table[name] == value]
+    return table
+
+
+def by_run(table):
+    """[(short name, its rows), ...] in the file's order, the first MOST_RUNS of them."""
+    return list(table.groupby("run", sort=False))[:MOST_RUNS]
 
 
 def last_rows(table):
@@ -88,7 +91,7 @@ def has_snapshots(table):
 
 
 def rank_column(path, table):
-    """rank95, or however the threshold rank's column is called. Raises UserError where there is none."""
+    """rank95, or however the threshold rank's column is called."""
     for name in table.columns:
         if name.startswith("rank"):
             return name
@@ -108,27 +111,21 @@ def whole_numbers(*axes):
         axis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
 
 
-def identity(ax, values, label):
-    """The diagonal over the range of values, and a little margin around it."""
-    low = 0.95 * values.min()
-    high = 1.05 * values.max() or 1.0
-    ax.plot([low, high], [low, high], color="black", linewidth=0.7, linestyle="--", label=label, zorder=0)
-    ax.set_xlim(low, high)
-
-
 def legend(fig, ax, columns):
+    """One legend above all panels, of the lines in `ax`, in as many columns as fit."""
     lines, labels = ax.get_legend_handles_labels()
     fit = int(fig.get_figwidth() * 12 / (6 + max(map(len, labels))))  # some 12 letters an inch
     fig.legend(lines, labels, loc="outside upper center", ncols=max(1, min(6, columns, fit)))
 
 
-def write(fig, folder, name):
-    """NAME.png and NAME.pdf in the folder; returns the PNG's path."""
+def write(fig, path, name, dpi=160):
+    """NAME.png and NAME.pdf in a folder, or beside the file `path`; returns the PNG's path."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
     base = os.path.join(folder, name)
     with writing(f"{base}.png"):
-        fig.savefig(f"{base}.png")
+        fig.savefig(f"{base}.png", dpi=dpi)
     fig.set_layout_engine("none")  # as laid out for the PNG: twice would take as long again
     with writing(f"{base}.pdf"):
-        fig.savefig(f"{base}.pdf")
+        fig.savefig(f"{base}.pdf", dpi=dpi)
     plt.close(fig)
     return f"{base}.png"

@@ -22,8 +22,8 @@ from nanorank.console import time_left
 from nanorank.errors import user_errors
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
-most_seconds = 30.0  # that a case may take, wall clock
-most_mb = 1000.0     # of memory that a case may add to what the imports take
+MOST_SECONDS = 30  # that a case may take, wall clock
+MOST_MB = 1000     # of memory that a case may add to what the imports take
 
 
 class Outcome(NamedTuple):
@@ -38,29 +38,26 @@ class Outcome(NamedTuple):
 def attempt(work, folder):
     """The Outcome of work() in a forked child, or of `python WORK` for a list. Kills what takes too long."""
     began = time.monotonic()
-    out = open(os.path.join(folder, "stdout"), "w+b")
-    err = open(os.path.join(folder, "stderr"), "w+b")
-    base = open(os.path.join(folder, "base"), "w+b")  # the child's memory when it begins, bytes
+    files = [open(os.path.join(folder, name), "w+b") for name in ("stdout", "stderr", "base")]
     if isinstance(work, list):
         command = [sys.executable, *work]
-        pid = subprocess.Popen(command, cwd=REPO, env=environment(), stdout=out, stderr=err).pid
+        pid = subprocess.Popen(command, cwd=REPO, env=environment(), stdout=files[0], stderr=files[1]).pid
     else:
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
-            run_child(work, out, err, base)
+            run_child(work, *files)
 
-    while True:
-        ended, status, usage = os.wait4(pid, os.WNOHANG)
-        if ended:
-            break
-        if time.monotonic() - began > most_seconds:
+    ended = 0
+    while not ended:
+        if time.monotonic() - began > MOST_SECONDS:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
+        ended, status, usage = os.wait4(pid, os.WNOHANG)
     seconds = time.monotonic() - began
 
     texts = []
-    for file in (out, err, base):
+    for file in files:
         with file:
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
@@ -71,17 +68,22 @@ def attempt(work, folder):
 
 
 def run_child(work, out, err, base):
-    """Runs work() as the bottom of a script runs main(), and ends this process."""
+    """Runs work() as the bottom of a script runs main(), and ends this process.
+
+    base: the file that gets this process's memory at its beginning, in bytes.
+    """
     code = 1
     try:
-        base.write(str(memory()[1]).encode())
-        base.flush()
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         sys.stdout = open(1, "w")  # pytest has put its own in their place
         sys.stderr = open(2, "w", errors="backslashreplace")
         if sys.platform == "linux":
-            limit = memory()[0] + int(most_mb * 1e6)
+            pages = pathlib.Path("/proc/self/statm").read_text().split()
+            virtual, resident = (int(n) * os.sysconf("SC_PAGE_SIZE") for n in pages[:2])
+            base.write(str(resident).encode())
+            base.flush()
+            limit = virtual + MOST_MB * 10**6
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         with user_errors("script"):
             work()
@@ -96,43 +98,32 @@ def run_child(work, out, err, base):
         os._exit(code)
 
 
-def memory():
-    """(virtual, resident) memory of this process in bytes."""
-    if sys.platform != "linux":
-        return 0, 0
-    with open("/proc/self/statm") as file:
-        virtual, resident = file.read().split()[:2]
-    page = os.sysconf("SC_PAGE_SIZE")
-    return int(virtual) * page, int(resident) * page
-
-
 def judge(outcome, name, canary=None):
     """"refused", "valid", or what is wrong.
 
     name: a word that the line must name, alternatives separated by |.
     canary: a file that hidden code would make.
     """
-    err = outcome.err
+    code, out, err = outcome[:3]
     lines = [line for line in err.strip().splitlines() if "%|" not in line]  # without progress bars
     if canary and os.path.exists(canary):
         os.unlink(canary)
         return "code in it ran"
-    if outcome.seconds > most_seconds or outcome.mb > most_mb:
+    if outcome.seconds > MOST_SECONDS or outcome.mb > MOST_MB:
         return f"took {outcome.seconds:.1f} s, {outcome.mb:.0f} MB"
     if "Traceback" in err:
         return f"traceback: {lines[-1][:200]}"
-
-    if outcome.code == 2:
+    if code == 2:
         if len(lines) == 1 and any(word in lines[0] for word in name.split("|")):
             return "refused"
         return f"exit 2 with {len(lines)} lines, or not naming {name}: {err[:300]}"
-    if outcome.code == 0:
-        if re.search(r"(?<![\w./'-])(nan|inf|infinity)\b", outcome.out, re.I):
+    if code == 0:
+        if re.search(r"(?<![\w./'-])(nan|inf|infinity)\b", out, re.I):
             return "valid, with numbers that are not finite"
         return "valid"
-    if outcome.code == 1 and len(lines) == 1 and "the last good checkpoint is" in lines[0]:
+    if code == 1 and len(lines) == 1 and "the last good checkpoint is" in lines[0]:
         return "refused"  # weights overflowed in training, which saved nothing of them
-    return f"exit {outcome.code}: {err[-300:]}"
+    return f"exit {code}: {err[-300:]}"
 
 
 class Tally:
@@ -142,42 +133,34 @@ class Tally:
         self.kind = kind
         self.folder = str(folder)
         self.rows = []  # (verdict, seconds, MB)
-        self.began = time.monotonic()
-        self.spoke = self.began
+        self.began = self.spoke = time.monotonic()
 
     def __call__(self, label, work, name, canary=None, want=""):
         """Runs and judges a case; want: "refused" or "valid", where only one is right."""
         outcome = attempt(work, self.folder)
         verdict = judge(outcome, name, canary)
-        if want and verdict in ("refused", "valid") and verdict != want:
-            verdict = f"should be {want}, is {verdict}: {outcome.err[:200]}"
         self.rows.append((verdict, outcome.seconds, outcome.mb))
         if verdict not in ("refused", "valid"):
-            print(f"WRONG {self.kind}: {label}: {verdict}", flush=True)
+            self.wrong(f"{label}: {verdict}")
+        elif want and verdict != want:
+            self.wrong(f"{label}: should be {want}, is {verdict}: {outcome.err[:200]}")
         if time.monotonic() - self.spoke > 10:
             self.spoke = time.monotonic()
             print(f"  {self.kind}: {len(self.rows)} cases, {time_left(self.spoke - self.began)}", flush=True)
         return outcome
 
     def wrong(self, verdict):
-        """The last case was wrong after all."""
+        """The last case was wrong."""
         self.rows[-1] = verdict, *self.rows[-1][1:]
         print(f"WRONG {self.kind}: {verdict}", flush=True)
 
     def row(self):
         verdicts, seconds, mb = zip(*self.rows)
-        refused = verdicts.count("refused")
-        valid = verdicts.count("valid")
-        return {
-            "kind": self.kind,
-            "cases": len(verdicts),
-            "refused": refused,
-            "valid": valid,
-            "wrong": len(verdicts) - refused - valid,
-            "worst_seconds": round(max(seconds), 2),
-            "worst_mb": round(max(mb)),
-            "seconds": round(time.monotonic() - self.began, 1),
-        }
+        row = {"kind": self.kind, "cases": len(verdicts),
+               "refused": verdicts.count("refused"), "valid": verdicts.count("valid")}
+        return {**row, "wrong": row["cases"] - row["refused"] - row["valid"],
+                "worst_seconds": round(max(seconds), 2), "worst_mb": round(max(mb)),
+                "seconds": round(time.monotonic() - self.began, 1)}
 
 
 def main_of(module, *args, **settings):
@@ -187,7 +170,5 @@ def main_of(module, *args, **settings):
 
     def work():
         vars(module).update(settings)
-        if hasattr(module, "peak_flops"):  # a second of matrix products, for the log alone
-            module.peak_flops = lambda device, dtype: (1e12, "nobody's")
         module.main(*args)
     return work

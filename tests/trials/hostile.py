@@ -12,12 +12,10 @@ finite. A damaged file is valid where nothing can tell, such as a flipped bit of
 format has no checksums. Anything else is wrong: it is printed, and the trial ends with status 1. Code hidden
 in a pickle must not run either. Writes results/trust/hostile.csv.
 """
-import csv
 import gzip
 import json
 import math
 import os
-import pathlib
 import pickle
 import re
 import shutil
@@ -26,186 +24,158 @@ import tempfile
 import time
 import traceback
 import warnings
+from pathlib import Path
 
-REPO = pathlib.Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 import numpy as np
 import torch
 from conftest import TINY, write_data
 from safetensors.torch import save_file
-from trials import harness
+from trials import spoilt
 from trials.fuzz import FUZZERS
 from trials.harness import Tally, attempt, main_of
-from trials.spoilt import (
-    BAD_JSON,
-    BAD_LINES,
-    CONFIGS,
-    CONFIGS_EITHER_WAY,
-    ODD_LINES,
-    Run,
-    damaged,
-    flipped,
-    headers,
-    legacy_bomb,
-    lies,
-    llama_like,
-    put,
-    write_images,
-    zips,
-)
+from trials.programs import write_table
+from trials.spoilt import flipped, lies, llama_like, put, write_images
 
 import analyze
 import train_lm
 import train_vit
 from configurator import configure
 from nanorank.errors import UserError, user_errors
-from nanorank.files import write_atomic
 from nanorank.images import RECORD
 from nanorank.rng import shuffled
 from scripts import sample, saturate
 
 cases = 200                         # random cases (bit flips, mutations); of fuzz: examples a target
 seed = 0                            # of the random cases
-most_seconds = 30.0                 # a case may take, wall clock
-most_mb = 1000.0                    # of memory a case may add to what the imports take, MB
 out = "results/trust/hostile.csv"   # a row a kind; empty: none
 
 KINDS = ("checkpoints", "safetensors", "data", "images", "configs", "jsonl", "fuzz")
+SCRIPTS = ("analyze", "init_from", "resume", "sample", "saturate")  # train_lm.py: two of them
+
+
+def tenths(content):
+    """(label, a beginning of the bytes) at each tenth."""
+    return [(f"cut at {i} tenths", content[:len(content) * i // 10]) for i in range(10)]
+
+
+def tiny_lm(data_dir, out_dir, **settings):
+    """A run of train_lm.py on a folder made by write_data(data_dir / "text")."""
+    return main_of(train_lm, **{**TINY, "data_dir": str(data_dir), "out_dir": str(out_dir), **settings})
 
 # ------------------------------------------------------------ torch's checkpoints
 
-def real_run(folder):
-    """A run folder of two steps that train_lm.py made, its data beside it; (path of ckpt.pt, settings)."""
-    folder = pathlib.Path(folder)
-    rng = np.random.default_rng(1)
-    sizes = {"train": 4000, "val": 500, "test": 400}
-    write_data(folder / "data" / "text", {split: [rng.integers(0, 256, n)] for split, n in sizes.items()})
-    settings = {**TINY, "data_dir": str(folder / "data"), "max_iters": 2, "eval_interval": 1}
-    settings["warmup_iters"] = 1
-    done = attempt(main_of(train_lm, **settings, out_dir=str(folder / "run")), folder)
-    assert done.code == 0, done.err
-    return folder / "run" / "ckpt.pt", settings
-
-
-def readers(path, folder, settings):
-    """{name: work} of every script that reads a checkpoint; train_lm.py does so in two ways."""
-    path = str(path)
-    scratch = os.path.join(folder, "out")
-
-    def resume():
-        run = os.path.join(folder, "resumed")
-        shutil.rmtree(run, ignore_errors=True)
-        os.makedirs(run)
-        shutil.copy(path, os.path.join(run, "ckpt.pt"))
-        main_of(train_lm, **{**settings, "max_iters": 3, "out_dir": run, "init_from": "resume"})()
-
-    drawing = {"out_dir": scratch, "figure": False, "device": "cpu"}
-    start = {**settings, "init_from": path, "out_dir": scratch, "eval_only": True}
-    return {
-        "analyze": main_of(analyze, [path], **drawing),
-        "init_from": main_of(train_lm, **start),
-        "resume": resume,
-        "sample": main_of(sample, path, device="cpu", max_new_tokens=3),
-        "saturate": main_of(saturate, [path], **drawing, samples=2, curves=False, reinit=False,
-                            data_dir=settings["data_dir"]),
-    }
-
-
-SCRIPTS = ("analyze", "init_from", "resume", "sample", "saturate")
-
-
 def checkpoints(tally, folder):
     rng = np.random.default_rng(seed)
-    canary = os.path.join(folder, "canary")
-    whole, settings = real_run(folder)
+    folder = Path(folder)
+    canary = str(folder / "canary")
+    data_dir = folder / "data"
+    sizes = {"train": 4000, "val": 500, "test": 400}
+    tokens = np.random.default_rng(1)
+    write_data(data_dir / "text", {split: [tokens.integers(0, 256, n)] for split, n in sizes.items()})
+    short = {"max_iters": 2, "eval_interval": 1, "warmup_iters": 1}
+    done = attempt(tiny_lm(data_dir, folder / "run", **short), folder)
+    assert done.code == 0, done.err
+    whole = folder / "run" / "ckpt.pt"
     raw = torch.load(whole, weights_only=True)
     data = whole.read_bytes()
+
+    def readers(path):
+        """{name: work} of every script that reads the checkpoint."""
+        scratch = str(folder / "out")
+        resumed = folder / "resumed"
+
+        def resume():
+            shutil.rmtree(resumed, ignore_errors=True)
+            resumed.mkdir()
+            shutil.copy(path, resumed / "ckpt.pt")
+            tiny_lm(data_dir, resumed, **{**short, "max_iters": 3}, init_from="resume")()
+
+        drawing = {"out_dir": scratch, "figure": False, "device": "cpu"}
+        return {
+            "analyze": main_of(analyze, [path], **drawing),
+            "init_from": tiny_lm(data_dir, scratch, **short, init_from=path, eval_only=True),
+            "resume": resume,
+            "sample": main_of(sample, path, device="cpu", max_new_tokens=3),
+            "saturate": main_of(saturate, [path], **drawing, samples=2, curves=False, reinit=False,
+                                data_dir=str(data_dir)),
+        }
 
     def in_turn(i, n=1):  # n of the scripts
         return [SCRIPTS[(n * i + j + seed) % len(SCRIPTS)] for j in range(n)]
 
     def hand(label, content, scripts=SCRIPTS, name="hostile.pt", want=""):
-        target = os.path.join(folder, name)
-        pathlib.Path(target).write_bytes(content)
-        for script, work in readers(target, folder, settings).items():
-            if script not in scripts:
-                continue
+        (folder / name).write_bytes(content)
+        works = readers(str(folder / name))
+        for script in scripts:
             word = "ckpt.pt" if script == "resume" else name
             if label.startswith("config.data"):  # it names a folder, which the line may name instead
                 word += "|/data/"
-            tally(f"{script}: {label}", work, word, canary, want)
+            tally(f"{script}: {label}", works[script], word, canary, want)
 
     def written(content, zipped=True):
         """The bytes that torch.save makes of it, None where it makes none."""
-        path = os.path.join(folder, "written.pt")
+        path = folder / "written.pt"
         try:
             torch.save(content, path, _use_new_zipfile_serialization=zipped)
         except (RuntimeError, TypeError, AttributeError, OverflowError, ValueError, pickle.PicklingError):
             return None
-        return pathlib.Path(path).read_bytes()
+        return path.read_bytes()
 
     # whole, cut, flipped
-    legacy = written(raw, zipped=False)
-    for kind, content in (("", data), ("legacy, ", legacy)):
+    for kind, content in (("", data), ("legacy, ", written(raw, zipped=False))):
         hand(f"{kind}whole", content, want="valid")
-        for tenth in range(10):
-            hand(f"{kind}cut at {tenth} tenths", content[:len(content) * tenth // 10], want="refused")
-    for i in range(cases):
-        hand(f"flip {i}", flipped(data, rng), in_turn(i))
-        hand(f"legacy, flip {i}", flipped(legacy, rng), in_turn(i))
+        for label, part in tenths(content):
+            hand(kind + label, part, want="refused")
+        for i in range(cases):
+            hand(f"{kind}flip {i}", flipped(content, rng), in_turn(i))
 
     # no checkpoint, or a zip that lies
     noise = {"empty": b"", "text": b"hello\n" * 100, "zeros": bytes(10_000), "noise": rng.bytes(10_000)}
-    for label, content in {**noise, **zips(whole, folder)}.items():
+    for label, content in {**noise, **spoilt.zips(whole, folder)}.items():
         hand(label, content, want="" if label == "another byte order" else "refused")
-    hand("legacy, a storage of 1e12 numbers", legacy_bomb(), want="refused")
+    hand("legacy, a storage of 1e12 numbers", spoilt.legacy_bomb(), want="refused")
 
     # other contents
-    for i, (label, content) in enumerate(damaged(raw, canary).items()):
-        zipped = written(content)
-        if zipped:
-            hand(label, zipped, in_turn(i, 2))
-        unzipped = written(content, zipped=False)
-        if unzipped:
-            hand(f"{label} (legacy)", unzipped, in_turn(2 * i + 3))
-    evil = {"model": Run(os.system, f"touch {canary}")}
+    for i, (label, content) in enumerate(spoilt.damaged(raw, canary).items()):
+        for kind, scripts in (("", in_turn(i, 2)), (" (legacy)", in_turn(2 * i + 3))):
+            made = written(content, zipped=not kind)
+            if made:
+                hand(label + kind, made, scripts)
+    evil = {"model": spoilt.Run(os.system, f"touch {canary}")}
     for protocol in range(6):
         for name in ("evil.bin", "evil.pt", "pytorch_model.bin"):
             content = pickle.dumps(evil, protocol)
             hand(f"a bare pickle, protocol {protocol}", content, name=name, want="refused")
 
     # the command line itself
-    data_flags = ["--dataset=text", f"--data_dir={settings['data_dir']}", "--block_size=32"]
+    lm = [f"--out_dir={folder}/out", "--dataset=text", f"--data_dir={data_dir}", "--block_size=32"]
     for name, content in (("cut.pt", data[:len(data) // 2]), ("evil.pt", pickle.dumps(evil))):
-        target = os.path.join(folder, name)
-        pathlib.Path(target).write_bytes(content)
-        commands = (
-            ["analyze.py", target],
-            ["train_lm.py", f"--init_from={target}", f"--out_dir={folder}/out", *data_flags, "--eval_only"],
-            ["-m", "scripts.sample", target],
-            ["-m", "scripts.saturate", target],
-        )
-        for command in commands:
+        target = str(folder / name)
+        Path(target).write_bytes(content)
+        for command in (["analyze.py", target], ["train_lm.py", f"--init_from={target}", *lm, "--eval_only"],
+                        ["-m", "scripts.sample", target], ["-m", "scripts.saturate", target]):
             tally(f"the command line: {' '.join(command[:2])}", command, name, canary, "refused")
 
 # ------------------------------------------------------------ safetensors
 
 def safetensors(tally, folder):
     rng = np.random.default_rng(seed)
-    path = os.path.join(folder, "model.safetensors")
+    path = Path(folder, "model.safetensors")
     save_file(llama_like(), path)
-    data = pathlib.Path(path).read_bytes()
+    data = path.read_bytes()
     settings = {"out_dir": os.path.join(folder, "out"), "figure": False, "device": "cpu", "n_head": 4}
 
     def hand(label, content, want=""):
-        pathlib.Path(path).write_bytes(content)
-        return tally(label, main_of(analyze, [path], **settings), "model.safetensors", want=want)
+        path.write_bytes(content)
+        return tally(label, main_of(analyze, [str(path)], **settings), "model.safetensors", want=want)
 
     hand("whole", data, "valid")
-    for tenth in range(10):
-        hand(f"cut at {tenth} tenths", data[:len(data) * tenth // 10], "refused")
-    for label, content in headers(data).items():
+    for label, content in tenths(data):
+        hand(label, content, "refused")
+    for label, content in spoilt.headers(data).items():
         hand(label, content)
     header = 8 + int.from_bytes(data[:8], "little")
     for i in range(cases):
@@ -216,80 +186,81 @@ def safetensors(tally, folder):
         tensors = llama_like()
         tensors["model.layers.1.self_attn.k_proj.weight"][7, 3] = value
         save_file(tensors, path)
-        outcome = hand(str(value), pathlib.Path(path).read_bytes(), "refused")
+        outcome = hand(str(value), path.read_bytes(), "refused")
         if "layer 1, qk" not in outcome.err or "head [1]" not in outcome.err:
             tally.wrong(f"the head is not named: {outcome.err}")
-    os.unlink(path)
-    indices(tally, folder, settings)
+    path.unlink()
 
-
-def indices(tally, folder, settings):
-    """Indices of shards that name what is no shard of theirs."""
-    index = os.path.join(folder, "model.safetensors.index.json")
+    # indices of shards that name what is no shard of theirs
+    index = Path(folder, "model.safetensors.index.json")
     save_file(llama_like(), os.path.join(folder, "part.safetensors"))
-    whole = {"weight_map": dict.fromkeys(llama_like(), "part.safetensors")}
 
-    def hand(text, want="refused"):
-        pathlib.Path(index).write_text(text, errors="surrogateescape")
-        for given in (index, folder):
-            work = main_of(analyze, [str(given)], **settings)
+    def hand_index(text, want="refused"):
+        index.write_text(text, errors="surrogateescape")
+        for given in (str(index), str(folder)):
+            work = main_of(analyze, [given], **settings)
             tally(f"index: {text[:80]}", work, os.path.basename(folder), want=want)
 
-    hand(json.dumps(whole), "valid")
-    for shard in ("../../etc/passwd", "/etc/passwd", "model.safetensors.index.json", "b.safetensors", ".", "",
-                  "a\0b", 1):
-        hand(json.dumps({"weight_map": {"a": shard}}))
+    hand_index(json.dumps({"weight_map": dict.fromkeys(llama_like(), "part.safetensors")}), "valid")
+    for shard in ("../../etc/passwd", "/etc/passwd", index.name, "b.safetensors", ".", "", "a\0b", 1):
+        hand_index(json.dumps({"weight_map": {"a": shard}}))
     for value in ({"weight_map": ["a"]}, {}, [], None, {"weight_map": {}}):
-        hand(json.dumps(value))
+        hand_index(json.dumps(value))
     for text in ("{", "[" * 10**6, '{"weight_map": ' + "9" * 10**5 + "}", "\udcff"):
-        hand(text)
+        hand_index(text)
 
 # ------------------------------------------------------------ token files
 
-def data(tally, folder):
-    rng = np.random.default_rng(seed)
-    folder = pathlib.Path(folder)
-    sizes = {"train": (3000, 1000), "val": [500], "test": [400]}
-    splits = {split: [rng.integers(0, 256, n) for n in every] for split, every in sizes.items()}
-    good = write_data(folder / "text", splits)
-    path = good / "meta.json"
-    meta = json.loads(path.read_text())
-    tiny = {**TINY, "data_dir": str(folder), "out_dir": str(folder / "out"), "overwrite": True}
-    work = main_of(train_lm, **{**tiny, "max_iters": 3, "eval_interval": 2, "warmup_iters": 1})
-    tally("whole", work, "text", want="valid")
-
-    for label, changed in lies(meta, rng, cases):
+def rot(tally, folder, names, work, rng):
+    """A whole data folder, then lies in its meta.json and damage to the files `names`. Returns its meta."""
+    path = folder / "meta.json"
+    text = path.read_bytes()
+    tally("whole", work, folder.name, want="valid")
+    for label, changed in lies(json.loads(text), rng, cases):
         path.write_text(json.dumps(changed))
-        tally(f"meta.json: {label}", work, "text")
-    for label, text in BAD_JSON.items():
-        path.write_bytes(text)
-        tally(f"meta.json: {label}", work, "text", want="refused")
-    write_data(good, splits)
+        tally(f"meta.json: {label}", work, folder.name)
+    for label, content in spoilt.BAD_JSON.items():
+        path.write_bytes(content)
+        tally(f"meta.json: {label}", work, folder.name, want="refused")
+    path.write_bytes(text)
 
-    for name in ("train_00000.bin", "val_00000.bin", "test_00000.bin"):
-        file = good / name
+    for name in names:
+        file = folder / name
         whole = file.read_bytes()
-        half = whole[:len(whole) // 2]
-        contents = {"odd length": whole[:-1], "empty": b"", "one more": whole + b"\0\0", "half": half,
-                    "flipped": flipped(whole, rng), "zeros": bytes(len(whole))}
+        contents = {"one less": whole[:-1], "one more": whole + b"\0", "two more": whole + b"\0\0",
+                    "half": whole[:len(whole) // 2], "flipped": flipped(whole, rng), "empty": b"",
+                    "zeros": bytes(len(whole)), "ones": b"\xff" * len(whole)}
         for label, content in contents.items():
             file.write_bytes(content)
-            tally(f"{name}: {label}", work, name, want="refused")
+            tally(f"{name}: {label}", work, folder.name if label == "empty" else name, want="refused")
         file.unlink()
         tally(f"{name}: absent", work, name, want="refused")
         file.mkdir()
         tally(f"{name}: a folder", work, name, want="refused")
         file.rmdir()
         file.write_bytes(whole)
+    return json.loads(text)
+
+
+def data(tally, folder):
+    rng = np.random.default_rng(seed)
+    folder = Path(folder)
+    sizes = {"train": (3000, 1000), "val": [500], "test": [400]}
+    splits = {split: [rng.integers(0, 256, n) for n in every] for split, every in sizes.items()}
+    good = write_data(folder / "text", splits)
+    path = good / "meta.json"
+    short = {"overwrite": True, "max_iters": 3, "eval_interval": 2, "warmup_iters": 1}
+    work = tiny_lm(folder, folder / "out", **short)
+    meta = rot(tally, good, ("train_00000.bin", "val_00000.bin", "test_00000.bin"), work, rng)
 
     # ids beyond the vocabulary, under true checksums: everywhere, and one in the middle or at the end
+    longer = tiny_lm(folder, folder / "out", **{**short, "max_iters": 64})
     for split in splits:
         for label, where in (("all", slice(None)), ("one", 150), ("the last", -1)):
             changed = {name: [x.copy() for x in files] for name, files in splits.items()}
             changed[split][-1][where] = 300
             write_data(good, changed)
             unread = (split, label) == ("train", "the last")  # no window of train reaches it
-            longer = main_of(train_lm, **{**tiny, "max_iters": 64})
             want = "" if unread else "refused"
             tally(f"ids beyond the vocabulary: {split}, {label}", longer, "text", want=want)
     tally("an id beyond the vocabulary, met at step 12", late_id(folder), "late_data")
@@ -325,43 +296,30 @@ def late_id(folder):
     tokens[window * 32 + 5] = 999
     val = [tokens[:0], rng.integers(0, 256, 500)]
     write_data(folder / "late_data", {"train": [tokens], "val": val, "test": [rng.integers(0, 256, 400)]})
-    settings = {**TINY, "dataset": "late_data", "data_dir": str(folder), "out_dir": str(folder / "late")}
-    return main_of(train_lm, **settings)
+    return tiny_lm(folder, folder / "late", dataset="late_data")
 
 # ------------------------------------------------------------ image files
 
 def images(tally, folder):
     rng = np.random.default_rng(seed)
-    folder = pathlib.Path(folder)
+    folder = Path(folder)
     pics = folder / "pics"
     path = pics / "meta.json"
-    meta = write_images(pics, rng)
+    write_images(pics, rng)
     work = main_of(
         train_vit, dataset="pics", data_dir=str(folder), out_dir=str(folder / "out"), overwrite=True,
         image_size=16, eval_resize=16, patch_size=8, n_layer=1, n_head=2, n_embd=16, device="cpu",
         batch_size=4, total_batch_size=4, max_iters=2, warmup_iters=1, eval_interval=1, rank_interval=1)
-    tally("whole", work, "pics", want="valid")
-
-    for label, changed in lies(meta, rng, cases):
-        path.write_text(json.dumps(changed))
-        tally(f"meta.json: {label}", work, "pics")
-    path.write_text(json.dumps(meta))
-
-    for name in ("train.bin", "train.idx", "val.idx", "test.bin"):
-        whole = (pics / name).read_bytes()
-        contents = {"one less": whole[:-1], "one more": whole + b"\0", "flipped": flipped(whole, rng),
-                    "zeros": bytes(len(whole)), "ones": b"\xff" * len(whole), "empty": b""}
-        for label, content in contents.items():
-            (pics / name).write_bytes(content)
-            tally(f"{name}: {label}", work, "pics" if label == "empty" else name, want="refused")
-        (pics / name).write_bytes(whole)
+    meta = rot(tally, pics, ("train.bin", "train.idx", "val.idx", "test.bin"), work, rng)
 
     # an index that lies, under a meta.json without checksums
     index = np.frombuffer((pics / "train.idx").read_bytes(), RECORD)
-    files = [{"name": file["name"], "bytes": file["bytes"]} for file in meta["splits"]["train"]["files"]]
+    train = meta["splits"]["train"]["files"]
+    files = [{"name": file["name"], "bytes": file["bytes"]} for file in train]
     path.write_text(json.dumps(put(meta, ("splits", "train", "files"), files)))
-    for field, values in {"offset": (2**63, 2**64 - 1, 10**6), "height": (0, 65535), "width": (0, 65535),
-                          "label": (-1, 2, 2**31 - 1)}.items():
+    wrong = {"offset": (2**63, 2**64 - 1, 10**6), "height": (0, 65535), "width": (0, 65535),
+             "label": (-1, 2, 2**31 - 1)}
+    for field, values in wrong.items():
         for value in values:
             changed = index.copy()
             changed[field][3] = value
@@ -370,78 +328,72 @@ def images(tally, folder):
 
     # val is a copy of train
     meta = write_images(pics, rng)
-    copies = []
-    for file in meta["splits"]["train"]["files"]:
-        name = file["name"].replace("train", "val")
-        shutil.copy(pics / file["name"], pics / name)
-        copies.append({**file, "name": name})
-    val = {**meta["splits"]["train"], "files": copies}
+    val = json.loads(json.dumps(meta["splits"]["train"]))
+    for file in val["files"]:
+        copy = file["name"].replace("train", "val")
+        shutil.copy(pics / file["name"], pics / copy)
+        file["name"] = copy
     path.write_text(json.dumps(put(meta, ("splits", "val"), val)))
     tally("overlap: the same bytes", work, "pics", want="refused")
 
 # ------------------------------------------------------------ config files
 
 def configs(tally, folder):
-    path = os.path.join(folder, "config.py")
+    path = Path(folder, "config.py")
 
-    def hand(label, content, want):
-        pathlib.Path(path).write_bytes(content)
-        tally(label, lambda: configure(vars(train_lm), argv=[path]), "config.py", want=want)
+    def hand(label, content, want, file=path):
+        path.write_bytes(content)
+        tally(label, lambda: configure(vars(train_lm), argv=[str(file)]), file.name, want=want)
 
     hand("whole", b'"""doc"""\nseed = 600 * 4  # x\n', "valid")
-    for label, text in CONFIGS.items():
+    for label, text in spoilt.CONFIGS.items():
         hand(label, text.encode(), "refused")
-    for label, content in CONFIGS_EITHER_WAY.items():
+    for label, content in spoilt.CONFIGS_EITHER_WAY.items():
         hand(label, content, "")
-    tally("a folder", lambda: configure(vars(train_lm), argv=[f"{folder}/x.py"]), "x.py", want="refused")
+    hand("absent", b"", "refused", path.with_name("x.py"))
     for script in ("train_lm.py", "analyze.py", "prepare_pile.py"):
-        pathlib.Path(path).write_text("import os")
-        tally(f"the command line: {script}", [script, path], "config.py", want="refused")
+        path.write_text("import os")
+        tally(f"the command line: {script}", [script, str(path)], "config.py", want="refused")
 
 # ------------------------------------------------------------ JSON lines
 
 def jsonl(tally, folder):
-    folder = pathlib.Path(folder)
-    source = folder / "in"
+    source = Path(folder, "in")
+    data_dir = Path(folder, "data")
     good = [json.dumps({"text": f"document {i} " * 5}).encode() for i in range(50)]
-    bad = [line for lines in BAD_LINES.values() for line in lines]
+    bad = [line for lines in spoilt.BAD_LINES.values() for line in lines]
 
-    def prepare(label, want, *more):
-        shutil.rmtree(folder / "data", ignore_errors=True)
-        command = ["prepare_pile.py", f"--source={source}", "--dataset=x", f"--data_dir={folder / 'data'}",
+    def hand(label, lines, want, *more, name="a.jsonl"):
+        content = lines if isinstance(lines, bytes) else b"".join(line + b"\n" for line in lines)
+        for old in (source, data_dir):
+            shutil.rmtree(old, ignore_errors=True)
+        source.mkdir()
+        (source / name).write_bytes(content)
+        command = ["prepare_pile.py", f"--source={source}", "--dataset=x", f"--data_dir={data_dir}",
                    "--tokenizer=byte", "--workers=1", *more]
         return tally(label, command, "in", want=want)
 
-    def write(name, content):
-        shutil.rmtree(source, ignore_errors=True)
-        source.mkdir()
-        (source / name).write_bytes(content)
+    def among(label, lines, reason, *more):
+        """Hands these among good ones. reason: the one under which the report must count them."""
+        outcome = hand(label, [*good[:25], *lines, *good[25:]], "valid", *more)
+        if reason and not re.search(rf"{len(lines)} {re.escape(reason)} \(", outcome.out):
+            tally.wrong(f"{len(lines)} {reason} are not counted: {outcome.out[-300:]}")
 
-    def hand(label, lines, want, name="a.jsonl"):
-        write(name, b"".join(line + b"\n" for line in lines))
-        return prepare(label, want)
-
-    def counted(outcome, reason, n):
-        if not re.search(rf"{n} {re.escape(reason)} \(", outcome.out):
-            tally.wrong(f"{n} {reason} are not counted: {outcome.out[-300:]}")
-
-    for reason, lines in BAD_LINES.items():
-        counted(hand(reason, [*good[:25], *lines, *good[25:]], "valid"), reason, len(lines))
-    hand("odd documents", [*good[:25], *ODD_LINES, *good[25:]], "valid")
-    outcome = hand("invalid UTF-8", [*good, b'{"text": "\xff\xfe"}', b"\xc0\x80"], "valid")
-    counted(outcome, "invalid UTF-8" if json_says_utf8() else "broken JSON", 2)
-    outcome = hand("100 MB of text", [*good[:25], b'{"text": "' + b"x" * 10**8 + b'"}', *good[25:]], "valid")
-    counted(outcome, "longer than --max_document_mb", 1)
-    write("a.jsonl", b"\n".join([*good[:25], b"[" * 10**8, *good[25:]]))
-    counted(prepare("100 MB of brackets", "valid", "--max_document_mb=128"), "broken JSON", 1)
+    for reason, lines in spoilt.BAD_LINES.items():
+        among(reason, lines, reason)
+    among("odd documents", spoilt.ODD_LINES, "")
+    utf8 = "invalid UTF-8" if json_says_utf8() else "broken JSON"
+    among("invalid UTF-8", [b'{"text": "\xff\xfe"}', b"\xc0\x80"], utf8)
+    among("100 MB of text", [b'{"text": "' + b"x" * 10**8 + b'"}'], "longer than --max_document_mb")
+    among("100 MB of brackets", [b"[" * 10**8], "broken JSON", "--max_document_mb=128")
 
     hand("nothing but bad records", bad, "refused")
     hand("empty", [], "refused")
     hand("noise", [np.random.default_rng(seed).bytes(10**6)], "refused")
     for name in ("a.jsonl.zst", "a.jsonl.gz", "a.parquet"):
-        hand(f"no {name}", good, "refused", name)
-    write("a.jsonl.gz", gzip.compress(bytes(2 * 10**8)))  # 200 MB of NULs in one line
-    prepare("a gzip bomb", "refused")
+        hand(f"no {name}", good, "refused", name=name)
+    # 200 MB of NULs in one line
+    hand("a gzip bomb", gzip.compress(bytes(2 * 10**8)), "refused", name="a.jsonl.gz")
 
 
 def json_says_utf8():
@@ -454,36 +406,19 @@ def json_says_utf8():
 
 # ------------------------------------------------------------ main
 
-def fuzz(folder):
-    """Yields a row for each fuzzer; prints what fails, as hypothesis has shrunk it."""
-    for name, fuzzer in FUZZERS.items():
-        began = time.monotonic()
-        place = os.path.join(folder, name)
-        os.makedirs(place)
-        wrong = 0
-        seen = {"refused": 0, "valid": 0}
-        try:
-            seen = fuzzer(cases, place)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            traceback.print_exc()
-            print(f"WRONG fuzz {name}: {str(error)[:500]}", flush=True)
-            wrong = 1
-        yield {"kind": f"fuzz {name}", "cases": sum(seen.values()) + wrong, **seen, "wrong": wrong,
-               "worst_seconds": "", "worst_mb": "", "seconds": round(time.monotonic() - began, 1)}
-
-
-def write_table(path, rows):
-    """Writes the rows to a CSV file, in place of those of the same kinds."""
-    table = {}
-    if path.exists():
-        with open(path, newline="") as file:
-            table = {row["kind"]: row for row in csv.DictReader(file)}
-    table.update({row["kind"]: row for row in rows})
-    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in table.values())]
-    os.makedirs(path.parent, exist_ok=True)
-    write_atomic(str(path), lambda file: file.write(("\n".join(lines) + "\n").encode()))
+def fuzz(name, folder):
+    """The row of a fuzzer; prints what fails, as hypothesis has shrunk it."""
+    began = time.monotonic()
+    seen = {"refused": 0, "valid": 0}
+    wrong = 0
+    try:
+        seen = FUZZERS[name](cases, folder)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"WRONG fuzz {name}: {str(error)[:500]}", flush=True)
+        wrong = 1
+    return {"kind": f"fuzz {name}", "cases": sum(seen.values()) + wrong, **seen, "wrong": wrong,
+            "worst_seconds": "", "worst_mb": "", "seconds": round(time.monotonic() - began, 1)}
 
 
 def main(kinds):
@@ -495,23 +430,21 @@ def main(kinds):
         kinds = KINDS
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # torch's, about the odd tensors that are made here
-    harness.most_seconds = most_seconds
-    harness.most_mb = most_mb
 
     rows = []
     for kind in kinds:
-        with tempfile.TemporaryDirectory() as folder:
-            if kind == "fuzz":
-                found = list(fuzz(folder))
-            else:
-                tally = Tally(kind, folder)
-                globals()[kind](tally, folder)
-                found = [tally.row()]
-        for row in found:
+        for name in FUZZERS if kind == "fuzz" else [kind]:
+            with tempfile.TemporaryDirectory() as folder:
+                if kind == "fuzz":
+                    row = fuzz(name, folder)
+                else:
+                    tally = Tally(kind, folder)
+                    globals()[kind](tally, folder)
+                    row = tally.row()
             print(", ".join(f"{name} {x}" for name, x in row.items()), flush=True)
-        rows += found
+            rows.append(row)
     if out:
-        write_table(REPO / out, rows)
+        write_table(REPO / out, rows, ["kind"])
     total = {name: sum(row[name] for row in rows) for name in ("cases", "refused", "valid", "wrong")}
     print("all: " + ", ".join(f"{name} {x:,}" for name, x in total.items()))
     return total["wrong"]

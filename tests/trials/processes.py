@@ -1,6 +1,7 @@
 """
 Starting, watching and killing the programs of faults.py.
 """
+import contextlib
 import os
 import pathlib
 import re
@@ -26,10 +27,18 @@ def start(args, log, on_command_line=False):
     try:
         os.setsid()
         os.chdir(REPO)
-        redirect(log)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
         if on_command_line:
             os.execv(sys.executable, [sys.executable, *args])
-        run_as_main(args)
+        if args[0] == "-m":
+            sys.argv = args[1:]
+            runpy.run_module(args[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = args
+            runpy.run_path(args[0], run_name="__main__")
         status = 0
     except SystemExit as stop:
         status = stop.code or 0
@@ -41,25 +50,6 @@ def start(args, log, on_command_line=False):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status if isinstance(status, int) else 1)
-
-
-def redirect(log):
-    """Input of this process from nowhere, output to the end of a file."""
-    null = os.open(os.devnull, os.O_RDONLY)
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(null, 0)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-
-
-def run_as_main(args):
-    """`python SCRIPT.py ...` or `python -m MODULE ...` in this process."""
-    if args[0] == "-m":
-        sys.argv = args[1:]
-        runpy.run_module(args[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = args
-        runpy.run_path(args[0], run_name="__main__")
 
 
 def wait(pid, seconds, until=None):
@@ -76,53 +66,39 @@ def wait(pid, seconds, until=None):
         time.sleep(min(0.0002 if until else 0.002, left))
 
 
-def state_and_parent(pid):
-    """A process's state (Z: it has ended) and the pid of its parent. Raises OSError where there is none."""
-    state, parent = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    return state, int(parent)
+def living():
+    """{pid: its parent's pid} of all processes that have not ended."""
+    parents = {}
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it is gone by now
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                parents[int(path.parent.name)] = int(parent)
+    return parents
 
 
 def family(pid):
     """pids of a process and of all that it has started, itself first."""
-    children = {}
-    for name in os.listdir("/proc"):
-        if not name.isdecimal():
-            continue
-        try:
-            state, parent = state_and_parent(name)
-        except OSError:
-            continue
-        if state != "Z":
-            children.setdefault(parent, []).append(int(name))
+    parents = living()
     found = [pid]
     for parent in found:  # grows while it is read
-        found += children.get(parent, [])
+        found += [child for child in parents if parents[child] == parent]
     return found
-
-
-def alive(pid):
-    try:
-        return state_and_parent(pid)[0] != "Z"
-    except OSError:
-        return False
-
-
-def kill(pids, signum=signal.SIGKILL):
-    for pid in pids:
-        try:
-            os.kill(pid, signum)
-        except ProcessLookupError:
-            pass
 
 
 def still_alive(pids, seconds=20):
     """Those of these processes that have not ended after so many seconds."""
     deadline = time.monotonic() + seconds
-    while True:
-        left = [pid for pid in pids if alive(pid)]
-        if not left or time.monotonic() >= deadline:
-            return left
+    while pids and time.monotonic() < deadline:
+        pids = sorted(living().keys() & set(pids))
         time.sleep(0.01)
+    return pids
+
+
+def kill(pids, signum=signal.SIGKILL):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
 
 
 def is_saving(folder):

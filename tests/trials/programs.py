@@ -1,7 +1,6 @@
 """
 The programs that faults.py troubles, small inputs for them, and the files that must come out.
 """
-import csv
 import json
 import os
 import pathlib
@@ -9,8 +8,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
+
+from nanorank.tables import write_csv
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
@@ -21,7 +23,7 @@ LOG_INTERVAL = 5
 TRAINING = {
     "max_iters": 60, "warmup_iters": 5, "eval_interval": 10, "eval_iters": 2, "log_interval": LOG_INTERVAL,
     "rank_interval": 10, "snapshot_steps": "every:20", "n_layer": 2, "n_head": 2, "n_embd": 32,
-    "dropout": 0.1, "batch_size": 4, "total_batch_size": 8, "device": "cpu",
+    "dropout": 0.1, "batch_size": 4, "total_batch_size": 8, "device": "cpu", "init_from": "auto",
 }
 
 
@@ -50,34 +52,23 @@ def programs(work):
 
     # time between safe points is short beside the whole
     prepare = {"dataset": "made", "workers": 2, "safe_interval": 0.02}
-    pile = {
-        **prepare, "source": work / "text", "tokenizer": "byte", "shard_tokens": 1_000_000,
-        "val_fraction": 0.003, "test_fraction": 0.003,
-    }
-    imagenet = {
-        **prepare, "source": work / "pictures", "short_side": 24, "val_fraction": 0.02, "test_fraction": 0.03,
-    }
+    pile = {**prepare, "source": work / "text", "tokenizer": "byte", "shard_tokens": 1_000_000,
+            "val_fraction": 0.003, "test_fraction": 0.003}
+    imagenet = {**prepare, "source": work / "pictures", "short_side": 24,
+                "val_fraction": 0.02, "test_fraction": 0.03}
     lm = {**TRAINING, "dataset": "made", "data_dir": work / "prepare_pile", "block_size": 32}
-    vit = {
-        **TRAINING, "dataset": "made", "data_dir": work / "prepare_imagenet",
-        "image_size": 16, "patch_size": 4,
-    }
-    sweep = {
-        "configs": "config/demo.py", "fixed": " ".join(flags({**lm, "max_iters": 10})),
-        "grid": "attn_wd=0,1", "jobs": 2, "figure": False,
-    }
-
-    train_lm = ("train_lm.py", *flags(lm), "--init_from=auto")
-    train_vit = ("train_vit.py", *flags(vit), "--init_from=auto")
-    prepare_pile = ("prepare_pile.py", *flags(pile))
-    prepare_imagenet = ("-m", "scripts.prepare_imagenet", *flags(imagenet))
-    run_sweep = ("-m", "scripts.sweep", *flags(sweep))
+    vit = {**TRAINING, "dataset": "made", "data_dir": work / "prepare_imagenet",
+           "image_size": 16, "patch_size": 4}
+    fixed = {name: x for name, x in lm.items() if name != "init_from"}
+    sweep = {"configs": "config/demo.py", "fixed": " ".join(flags({**fixed, "max_iters": 10})),
+             "grid": "attn_wd=0,1", "jobs": 2, "figure": False}
     made = [
-        Program("train_lm", train_lm, "out_dir", run_files, "ckpt.pt"),
-        Program("train_vit", train_vit, "out_dir", run_files, "ckpt.pt"),
-        Program("prepare_pile", prepare_pile, "data_dir", all_files, "made/part_*.json"),
-        Program("prepare_imagenet", prepare_imagenet, "data_dir", all_files, "made/part.json"),
-        Program("sweep", run_sweep, "out_dir", sweep_files, "*/ckpt.pt"),
+        Program("train_lm", ("train_lm.py", *flags(lm)), "out_dir", run_files, "ckpt.pt"),
+        Program("train_vit", ("train_vit.py", *flags(vit)), "out_dir", run_files, "ckpt.pt"),
+        Program("prepare_pile", ("prepare_pile.py", *flags(pile)), "data_dir", all_files, "made/part_*.json"),
+        Program("prepare_imagenet", ("-m", "scripts.prepare_imagenet", *flags(imagenet)), "data_dir",
+                all_files, "made/part.json"),
+        Program("sweep", ("-m", "scripts.sweep", *flags(sweep)), "out_dir", sweep_files, "*/ckpt.pt"),
     ]
     return {program.name: program for program in made}
 
@@ -105,21 +96,28 @@ def write_pictures(folder, rng):
         Image.fromarray(pixels).save(path)
 
 
+def write_table(path, rows, key):
+    """Writes rows, dicts, to a CSV file, in place of those that have the same in the columns `key`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(rows).astype(str)
+    if path.exists():
+        table = pd.concat([pd.read_csv(path, dtype=str, keep_default_na=False), table])
+    write_csv(path, table.drop_duplicates(key, keep="last"))
+
+
 # ---------------------------------------------------- files, as they are compared
 
 def all_files(folder):
     """Every file to the byte, but for lock files."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.endswith(".lock"):
-            found[str(path.relative_to(folder))] = path.read_bytes()
-    return found
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def run_files(folder):
     """What a trainer leaves. Of source/ only the names."""
     found = {}
-    for path in sorted(folder.iterdir()):
+    for path in folder.iterdir():
+        found[path.name] = sorted(os.listdir(path)) if path.is_dir() else ""
         if path.suffix == ".pt":
             found[path.name] = plain(torch.load(path, weights_only=True))
         elif path.name == "result.json":
@@ -128,8 +126,6 @@ def run_files(folder):
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             # before it stops, a run reports the steps since its last report: an extra line
             found[path.name] = plain([line for line in lines if not is_extra(line)])
-        else:
-            found[path.name] = sorted(os.listdir(path)) if path.is_dir() else ""
     return found
 
 
@@ -139,14 +135,10 @@ def is_extra(line):
 
 def sweep_files(folder):
     """Every run, and the tables without times."""
-    found = {}
-    for cell in folder.iterdir():
-        if cell.is_dir():
-            found[cell.name] = run_files(cell)
+    found = {cell.name: run_files(cell) for cell in folder.iterdir() if cell.is_dir()}
     for name in ("curves.csv", "table.md"):
         found[name] = (folder / name).read_text()
-    with open(folder / "sweep.csv", newline="") as file:
-        found["sweep.csv"] = plain(list(csv.DictReader(file)))
+    found["sweep.csv"] = plain(pd.read_csv(folder / "sweep.csv", dtype=str).to_dict("records"))
     return found
 
 
@@ -164,15 +156,12 @@ def plain(x):
 
 def differences(expected, found, where=""):
     """Where two runs' files differ, one more or one less included: a list of paths into them."""
+    if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        expected, found = dict(enumerate(expected)), dict(enumerate(found))
     if isinstance(expected, dict) and isinstance(found, dict):
         out = []
         for name in {**expected, **found}:
             out += differences(expected.get(name), found.get(name), f"{where}/{name}")
-        return out
-    if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        out = []
-        for i, (a, b) in enumerate(zip(expected, found)):
-            out += differences(a, b, f"{where}/{i}")
         return out
     if expected == found:
         return []
