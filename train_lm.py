@@ -180,12 +180,12 @@ def main():
     tokenizer_size = data["train"].meta["vocab_size"]
     if run.ckpt:
         model = load_gpt(run.ckpt, dropout, run.init_path)
-        run.take_shape(model.args)               # into the settings
     else:
         padded_size = vocab_size or 64 * math.ceil(tokenizer_size / 64)
         model = GPT(padded_size, block_size, n_layer, n_head, n_embd, dropout, bias, tied, mlp, post_norm)
         init_weights(model, seed)                # the same on any device
     check_fit(model, tokenizer_size)
+    run.take_shape(model.args)                   # of a checkpoint, into the settings
     model.to(run.device)
 
     # `net` is what runs; `model` keeps clean names for checkpoints and metrics

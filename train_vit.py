@@ -227,7 +227,6 @@ def main():
     shape = vit_size(variant)
     if run.ckpt:
         model = load_vit(run.ckpt, image_size, dropout, drop_path, run.init_path)
-        run.take_shape(model.args, shape)        # into the settings
     else:
         flags = dict(patch_size=patch_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         shape.update({name: value for name, value in flags.items() if value})
@@ -235,6 +234,7 @@ def main():
                     pool=pool, positions=positions, **shape)
         init_weights(model, seed)                # the same on any device
     check_fit(model, meta, run)
+    run.take_shape(model.args, shape)            # of a checkpoint, into the settings
     model.to(run.device)
 
     # `net` is what runs; `model` keeps clean names for checkpoints and metrics

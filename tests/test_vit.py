@@ -510,6 +510,9 @@ def test_a_model_of_other_classes_or_kind_is_refused(train, tmp_path):
         train(tmp_path / "a", init_from="resume", image_size=24, **same)
     # fixed positions allow another size
     sizes = {"image_size": 24, "eval_resize": 24}
+    for other in ({"n_layer": 3}, {"n_layer": 0, "variant": "B/16"}):  # the variant is of another depth
+        with refused("ckpt.pt holds another model", "--n_layer=2"):
+            train(tmp_path / "d", init_from=str(tmp_path / "a"), **{**sizes, **other})
     train(tmp_path / "c", init_from=str(tmp_path / "a"), max_iters=0, epochs=0.05, **sizes)
     assert load(tmp_path / "c" / "ckpt.pt")["model_args"]["image_size"] == 24
 
