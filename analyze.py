@@ -62,7 +62,6 @@ def main(paths):
     files = expand(paths)
     check_settings(paths, files)
     shown_layers = [int(x) for x in layers.split(",")] if layers else []
-    torch_device = pick_device(device)
     os.makedirs(out_dir, exist_ok=True)
 
     # measure the heads, then the norms, checkpoint by checkpoint: each run in order of step
@@ -82,7 +81,7 @@ def main(paths):
             configs[run] = ckpt.configs.get("its config", {})
             raw = truncatable(ckpt) if save else None
 
-            rows, spectra[run] = head_rows(ckpt, torch_device, threshold, exact, progress.update)
+            rows, spectra[run] = head_rows(ckpt, pick_device(device), threshold, exact, progress.update)
             if d_head and all(row["d_head"] != d_head for row in rows):
                 width = f"are {rows[0]['d_head']} wide, by {sources[run]}"
                 raise UserError(f"--d_head={d_head}: heads of {ckpt.path} {width}")

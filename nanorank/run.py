@@ -267,7 +267,7 @@ class Run:
             self.seconds, self.decay_time = ckpt["seconds"], dict(ckpt["decay"])
             if self.decay_time.keys() != self.weight_decay.keys():
                 old, new = ", ".join(self.decay_time), ", ".join(self.weight_decay)
-                raise UserError(f"{self.ckpt_path} has decay groups {old}, the model has {new}: "
+                raise UserError(f"{self.ckpt_path} is damaged, its decay is of groups {old}, not {new}: "
                                 f"--init_from={self.ckpt_path} starts a new run")
             log_bytes, wandb_id = ckpt["log_bytes"], ckpt["wandb_id"]
         self.ckpt = None  # frees its memory

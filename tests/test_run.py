@@ -107,6 +107,7 @@ sys.exit(other.returncode)
 """
 
 
+@pytest.mark.slow
 def test_one_process_is_not_locked_out_of_its_folder_but_another_is(tmp_path, data_dir):
     out_dir = tmp_path / "a"
     args = flags(**{**TINY, "data_dir": data_dir, "out_dir": out_dir})

@@ -264,7 +264,7 @@ def test_bad_grids(grid, words):
 @pytest.mark.parametrize("name, value, word", [
     ("trainer", "sweep.py", "--trainer=sweep.py"),
     ("trainer", "no.py", "--trainer=no.py"),
-    ("fixed", "--n_layers=2", "n_layers; did you mean n_layer?"),
+    ("fixed", "--n_layers=2", "--n_layers; it is --n_layer"),
     ("fixed", "'", "--fixed="),
     ("configs", "no.py", "no.py"),
     ("rows", "attn_dw", "attn_wd?"),

@@ -119,6 +119,7 @@ def test_two_processes_are_one(train, tmp_path, data_dir):
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_demo_on_two_processes_from_the_command_line(tmp_path, data_dir):
     """config/demo.py is written for one process: its batch is split, its loss is that of one."""
     demo = ["train_lm.py", "config/demo.py", "--dataset=text", f"--data_dir={data_dir}", "--device=cpu",
