@@ -28,6 +28,7 @@ from nanorank.checkpoints import NOT_MODELS, SUFFIXES, expand, open_all, run_of
 from nanorank.device import pick_device
 from nanorank.errors import UserError, user_errors
 from nanorank.families import left_out
+from nanorank.files import make_folder
 from nanorank.measure import head_rows
 from nanorank.norms import CURVES, fit_rows, norm_rows
 from nanorank.spectra import rank_name
@@ -62,7 +63,7 @@ def main(paths):
     files = expand(paths)
     check_settings(paths, files)
     shown_layers = [int(x) for x in layers.split(",")] if layers else []
-    os.makedirs(out_dir, exist_ok=True)
+    make_folder(out_dir)
 
     # measure the heads, then the norms, checkpoint by checkpoint: each run in order of step
     heads, norm_table = [], []
@@ -116,7 +117,6 @@ def main(paths):
         save_truncated(save, ckpt, raw, truncate)
     print(f"\nwrote {', '.join(written)}")
 
-    # draw figures
     if figure:
         from nanorank.figures import heads as figures
         from nanorank.figures.style import MOST_RUNS

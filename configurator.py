@@ -18,11 +18,13 @@ imported as well: set its globals, call main().
 import ast
 import difflib
 import io
+import json
 import operator
 import os
 import re
 import signal
 import sys
+import textwrap
 import time
 import tokenize
 
@@ -342,8 +344,15 @@ def usage(settings, positional=""):
             # a comment line of its own between two settings is a banner
             if last and i in comments and code[i - 1].startswith("#") and comments[i].strip("-= "):
                 rows.append(f"\n{comments[i].strip('-= ')}:")
-        shown = f'"{default}"' if isinstance(default, str) else default
-        rows.append(f"  --{name}={shown}".ljust(34) + "  " + comments.get(line, ""))
+        shown = json.dumps(default, ensure_ascii=False) if isinstance(default, str) else default
+        comment = comments.get(line, "")
+        following = line + 1
+        while following in comments and code[following - 1].startswith(" "):  # it goes on there
+            comment += " " + comments[following]
+            following += 1
+        head = f"  --{name}={shown}".ljust(34) + "  "
+        rows.append(textwrap.fill(head + comment, 110, subsequent_indent=" " * 36, break_long_words=False,
+                                  break_on_hyphens=False, replace_whitespace=False, drop_whitespace=True))
         last = line
 
     doc = (settings.get("__doc__") or "").strip("\n")

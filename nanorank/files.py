@@ -26,6 +26,16 @@ except ImportError:  # Windows has no such locks: nothing keeps two processes ap
 
 # ------------------------------------------------------------ writing
 
+def make_folder(path):
+    """Makes a folder to write to, if it is not there. Raises UserError where it cannot be written to."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made ({error.strerror}): --out_dir goes elsewhere") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path} cannot be written to: --out_dir goes elsewhere")
+
+
 def lock_file(path):
     """Locks the file `path`. Returns it open: closing it unlocks it, and so does the end of the process.
 

@@ -34,7 +34,7 @@ from model import GPT, ViT, decay_groups, init_weights, make_optimizers, vit_siz
 from nanorank.device import peak_flops, pick_device, pick_dtype
 from nanorank.errors import UserError, user_errors
 from nanorank.families import attention_layers
-from nanorank.files import save_json
+from nanorank.files import make_folder, save_json
 from nanorank.flops import flops_per_image, flops_per_token
 from nanorank.images import ImageSplit
 from nanorank.loss import head_loss
@@ -252,7 +252,7 @@ def main(names):
     columns = ["path", "what", "floor", "seconds", "floor_seconds", "ratio"]
     shown = pd.DataFrame(rows, columns=columns)  # the rest stands in bench.json
     print(shown.to_markdown(index=False, floatfmt=("", "", "", ".6f", ".6f", ".2f")))
-    os.makedirs(out_dir, exist_ok=True)
+    make_folder(out_dir)
     save_json(os.path.join(out_dir, "bench.json"), {**about, "rows": rows})
 
 

@@ -29,6 +29,7 @@ from nanorank.augment import resize
 from nanorank.checkpoints import open_all, run_of
 from nanorank.device import pick_device
 from nanorank.errors import UserError, user_errors
+from nanorank.files import make_folder
 from nanorank.images import ImageSplit, centre_crops
 from nanorank.rng import shuffled
 from nanorank.saturation import exponent, open_heads, scaling
@@ -213,7 +214,7 @@ def main(paths):
     float_dtype = torch.float64
     if dtype == "float32" or (dtype == "auto" and torch_device.type == "mps"):
         float_dtype = torch.float32
-    os.makedirs(out_dir, exist_ok=True)
+    make_folder(out_dir)
 
     ckpts = [(ckpt.path, ckpt.step) for ckpt in open_all(paths)]
     last_of_run = {run_of(path): path for path, _ in ckpts}

@@ -32,6 +32,7 @@ from typing import NamedTuple
 from configurator import configure, current, known, parse, script_settings
 from nanorank.console import StopSignal, time_left
 from nanorank.errors import UserError, user_errors
+from nanorank.files import make_folder
 from nanorank.run_settings import FREE_ON_RESUME, TENTH
 from nanorank.shards import n_cores
 from nanorank.sweep_tables import as_text, collect, report
@@ -40,7 +41,7 @@ from nanorank.sweep_tables import as_text, collect, report
 trainer = "train_lm.py"         # train_lm.py or train_vit.py
 configs = "config/demo.py"      # config files for the trainer, separated by spaces or commas
 fixed = ""                      # further flags for every run: "--max_iters=300 --n_layer=2"
-grid = "attn_wd=0,0.3,1,3; mlp_wd=0.3,1,3; seed=1,2,3,4,5"
+grid = "attn_wd=0,0.3,1,3; mlp_wd=0.3,1,3; seed=1,2,3,4,5"  # setting=value,...; every combination is a run
 out_dir = "out/sweep"           # where the runs' folders and the tables go
 # how
 jobs = 0                        # runs at a time, 0: one, or one for each of --gpus
@@ -300,7 +301,7 @@ def main():
     if dry_run:
         print_commands(cells, path)
         return
-    os.makedirs(out_dir, exist_ok=True)
+    make_folder(out_dir)
 
     stop = StopSignal()
     failed = {}

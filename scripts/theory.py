@@ -27,6 +27,7 @@ from tqdm import trange
 from configurator import configure
 from nanorank.errors import UserError, user_errors
 from nanorank.factorised import LOSSES, expected, gradient, measure, measured_rate, problems, product, update
+from nanorank.files import make_folder
 from nanorank.tables import write_csv
 
 out_dir = "out/theory"          # folder of the CSV files and the figures
@@ -302,7 +303,7 @@ def main():
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)  # twice as fast as two threads on matrices this small
     check_settings()
-    os.makedirs(out_dir, exist_ok=True)
+    make_folder(out_dir)
     if problem == "scalars":
         scalars()
     else:
