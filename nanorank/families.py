@@ -84,6 +84,8 @@ def find_attention(shapes, pattern="", layout="separate", config=None):
     schemes = [scheme_of_pattern(pattern, layout)] if pattern else SCHEMES
     matches, incomplete = match_schemes(schemes, shapes, config or {})
     modules = without_foreign_keys(in_order(matches), config or {})
+    if not pattern:
+        modules = without_convolutions(modules, shapes)
 
     refuse_adapters(modules, shapes)
     refuse_incomplete(modules, incomplete, shapes)
@@ -309,6 +311,24 @@ def without_foreign_keys(modules, config):
     return [module for module in modules if own(module)]
 
 
+def without_convolutions(modules, shapes):
+    """The modules without those that mix neighbouring keys by a convolution: their scores are not x W_QK x.
+
+    Linear attention (Kimi, OLMo hybrid) and Inkling. Raises UserError where no others are left.
+    """
+    convolved = set()
+    for name in shapes:
+        match = re.search(r"(^|\.)([qkv]_s?conv(1d)?|conv1d)\.(conv1d\.)?weight$", name)
+        if match:
+            convolved.add(name[:match.start()])
+
+    plain = [module for module in modules if module.path not in convolved]
+    if modules and not plain:
+        raise UserError(f"{modules[0].path}: a convolution over tokens follows the projections of keys, so "
+                        "the scores are not those of W_K^T W_Q; --pattern reads the projections alone")
+    return plain
+
+
 def refuse_incomplete(modules, incomplete, shapes):
     """Raises UserError for an incomplete module named like the complete ones, or where none is complete.
 
@@ -373,6 +393,9 @@ def refuse_unknown_order(module, shapes):
     if any(re.match(r"(self\.)?lambda_[qk]\d?", name) for name in beside):
         raise UserError(f"{module.path}: differential attention, whose heads share values two by two: "
                         "there is no P W_V of a single head")
+    if "exclusive_self_attention.alpha" in beside:
+        raise UserError(f"{module.path}: exclusive attention (NeoMME), which takes each token's own value "
+                        "out of the heads' output: there is no P W_V; --pattern reads the projections alone")
     if re.search(r"channel_(attn|block)", module.path) or "temperature" in beside:
         raise UserError(f"{module.path}: attention between channels (DaViT, Florence-2, XCiT), not between "
                         "tokens: it has no W_K^T W_Q of heads; --pattern chooses other layers")

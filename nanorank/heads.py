@@ -181,6 +181,8 @@ def heads_in_one(config, module, widths):
     keys = (*(f"{word}_{key}" for word in words for key in keys), *keys)  # t2u_encoder_attention_heads
     values = [config[key] for key in keys if key in config]
     heads = values[0] if values else 0
+    if "text_enhancer_layer" in module.path and type(heads) is int:  # Grounding DINO: half the encoder's
+        heads //= 2
 
     if isinstance(heads, (list, tuple)):  # one a layer, or one a stage
         index = module.numbers[0] if module.numbers else len(heads)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nanorank.checkpoints import Checkpoint
+from nanorank.errors import UserError
 from nanorank.families import attention_layers, find_attention, left_out
 
 transformers = pytest.importorskip("transformers")
@@ -293,3 +294,37 @@ def test_a_gate_in_an_unknown_order_is_refused():
     state = {f"layers.0.self_attn.{x}_proj.weight": torch.randn(shape) for x, shape in shapes.items()}
     with pytest.raises(ValueError, match="queries and a gate.*--layout=gated"):
         list(attention_layers(state, 4))
+
+
+def separate_layers(n, path="layers.{}.self_attn", d=24):
+    """The tensors of n layers of q_proj, k_proj, v_proj, o_proj."""
+    names = [f"{path.format(layer)}.{x}_proj.weight" for layer in range(n) for x in "qkvo"]
+    return {name: torch.randn(d, d) for name in names}
+
+
+@pytest.mark.parametrize("name", ["k_sconv.conv1d", "k_conv1d", "conv1d"])  # Inkling, Kimi, OLMo hybrid
+def test_keys_after_a_convolution_are_left_out_or_refused(name):
+    state = separate_layers(2)
+    state[f"layers.0.self_attn.{name}.weight"] = torch.randn(24, 1, 4)
+    assert [layer.layer for layer in attention_layers(state, 4)] == [1]
+    state[f"layers.1.self_attn.{name}.weight"] = torch.randn(24, 1, 4)
+    with pytest.raises(UserError, match="layers.0.self_attn: a convolution over tokens"):
+        list(attention_layers(state, 4))
+    own = "q_proj.weight,k_proj.weight,v_proj.weight,o_proj.weight"
+    assert len(list(attention_layers(state, 4, pattern=own))) == 2
+
+
+def test_exclusive_attention_is_refused():
+    """NeoMME, whose heads' output is no sum of P W_V."""
+    state = {**separate_layers(1), "layers.0.self_attn.exclusive_self_attention.alpha": torch.zeros(4)}
+    with pytest.raises(UserError, match="layers.0.self_attn: exclusive attention"):
+        list(attention_layers(state, 4))
+
+
+def test_text_enhancer_of_grounding_dino_has_half_the_heads():
+    """GroundingDinoTextEnhancerLayer: encoder_attention_heads // 2."""
+    enhancer = separate_layers(2, "encoder.layers.{}.text_enhancer_layer.self_attn")
+    decoder = separate_layers(2, "decoder.layers.{}.self_attn")
+    config = {"encoder_attention_heads": 8, "decoder_attention_heads": 8, "d_model": 24}
+    layers = attention_layers({**enhancer, **decoder}, configs={"config.json": config})
+    assert [len(layer.W_Q) for layer in layers] == [4, 4, 8, 8]

@@ -3,14 +3,17 @@ Every architecture that transformers can build small, against its own attention.
 
     python tests/trials/architectures.py OUT.jsonl                # all, some 20 minutes on one core
     python tests/trials/architectures.py OUT.jsonl bert minimax   # some
+    python tests/trials/architectures.py --csv=results/trust/architectures.csv ALL.jsonl SOME.jsonl
 
 A random small model of each kind is saved to disk and read by nanorank.checkpoints. Each attention module
 that was read is then run, by the whole model or by itself. The scores of every head, taken from the model's
 softmax, must be those of W_K^T W_Q, and the output those of P W_V with each head weighted by itself. Writes a
 line for each architecture: equal, refused (and why), WRONG, unverified (read, but its attention did not run)
-or not built. Architectures that OUT.jsonl has already are left out.
+or not built. Architectures that OUT.jsonl has already are left out. --csv makes the table of such files; where
+two have the same architecture, the later counts.
 """
 import contextlib
+import csv
 import inspect
 import json
 import os
@@ -112,12 +115,13 @@ def make_plain(model):
     with torch.no_grad():
         for name, p in model.named_parameters():
             added = re.search(r"(^|\.|_)rel(ative)?_|rel_emb|\.sinks$|alibi|gate_logits|linear_pos|pos_bias"
-                              r"|distance_embedding|layout_", name)
+                              r"|distance_embedding|layout_|continuous_position_bias|value_embeddings"
+                              r"|attention\.self\.conv|dt_proj\.|self_attn\.A$", name)
             if name.endswith("bias") or added:
                 p.zero_()
             elif re.search("embed_positions|position_embeddings", name) and p.ndim == 2:
                 continue
-            elif p.ndim >= 2 and not re.search("emb", name):
+            elif p.ndim >= 2 and p.numel() and not re.search("emb", name):
                 p.copy_(torch.randn_like(p) * (0.7 / p[0].numel() ** 0.5))
             elif p.ndim >= 2:
                 p.copy_(torch.randn_like(p))
@@ -292,6 +296,14 @@ def joined(inputs, keys, default):
     return inputs[0]
 
 
+def misfit(got, want, dims):
+    """The largest relative difference of want from scale * got + a constant, which the softmax drops."""
+    got = got - got.mean(dims, keepdim=True)
+    want = want - want.mean(dims, keepdim=True)
+    scale = (got * want).sum(dims) / (got * got).sum(dims)
+    return float((scale * got - want).abs().max() / want.abs().max())
+
+
 def differs(heads, seen):
     """What is unlike between a layer's heads and what was seen of it, else an empty string."""
     H = len(heads.W_Q)
@@ -309,6 +321,8 @@ def differs(heads, seen):
         scores, weights = scores.flatten(1, 2), weights.flatten(1, 2)
     if scores.ndim != 4:
         return f"scores of shape {tuple(scores.shape)}", False
+    if scores.shape[2] == H or scores.shape[-1] > y.shape[1] + 1:
+        return f"attention in windows or to more than the input's tokens: {tuple(scores.shape)}", False
     if scores.shape[1] != H:
         return f"{H} heads read, scores of shape {tuple(scores.shape)}", True
     if len(scores) != len(x):  # windows, or tokens in front of the batch
@@ -322,13 +336,11 @@ def differs(heads, seen):
     if scores.shape[-1] == z.shape[1] + 1:  # a sink
         want = want - scores[:, :, 0, -1]
         weights = weights[..., :-1]
-    got = (q * k).sum(-1)
-    scale = (got * want).sum() / (got * got).sum()
-    error = float((scale * got - want).abs().max() / want.abs().max())
+    if not want.isfinite().all() or want.std() < 1e-20:
+        return "scores that are all alike, zero or not finite", False
+    error = misfit((q * k).sum(-1), want, dims=(0, 1))
     if not error < 1e-3:       # norms of each query and key, a scale for each head
-        got = nn.functional.cosine_similarity(q, k, dim=-1)
-        scale = (got * want).sum(0) / (got * got).sum(0)
-        error = float((scale * got - want).abs().max() / want.abs().max())
+        error = misfit(nn.functional.cosine_similarity(q, k, dim=-1), want, dims=0)
     if not error < 1e-3:
         return f"QK differs by {error:.1e}", True
     A = weights[:, :, 0]       # (B, H, S)
@@ -410,6 +422,43 @@ def examine(kind):
             "unverified": unverified[:6], "remarks": remarks[:3]}
 
 
+# what a model adds to the products that were held against it; the trial sets it to zero
+ADDED = {
+    "swinv2": "cosine attention: queries and keys are normalised; a bias by position is added to the scores",
+    "swin2sr": "cosine attention: queries and keys are normalised; a bias by position is added to the scores",
+    "doge": "a mask made of the values is added to the scores",
+    "nystromformer": "a convolution of the values is added to the heads' output",
+}
+
+
+def reason(line):
+    """One sentence on the outcome of an architecture."""
+    kind, verdict = line["kind"], line["verdict"]
+    if "why" in line:
+        return " ".join(line["why"].removeprefix(": ").split())
+    if verdict == "equal":
+        said = f"{line['equal']} modules"
+        return f"{said}; {ADDED[kind]}" if kind in ADDED else said
+    modules = line["wrong"] if verdict == "WRONG" else line["unverified"]
+    return f"{modules[0]}; {line['equal']} other modules equal"
+
+
+def write_csv(path, sources):
+    """The table of architectures: kind, outcome (WRONG is "differs"), reason."""
+    lines = {}
+    for source in sources:
+        with open(source) as file:
+            for text in file:
+                line = json.loads(text)
+                lines[line["kind"]] = line
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["kind", "outcome", "reason"])
+        for kind in sorted(lines):
+            outcome = lines[kind]["verdict"].replace("WRONG", "differs")
+            writer.writerow([kind, outcome, reason(lines[kind])])
+
+
 def timeout(signum, frame):
     raise TimeoutError
 
@@ -441,4 +490,7 @@ def main(out, kinds):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    if sys.argv[1].startswith("--csv="):
+        write_csv(sys.argv[1].removeprefix("--csv="), sys.argv[2:])
+    else:
+        main(sys.argv[1], sys.argv[2:])
