@@ -166,3 +166,11 @@ def test_runs(folder, runs, column, digits, scale):
             mean = statistics.mean(float(row["rank95"]) for row in of_run
                                    if int(row["step"]) == last_step and row["product"] == product)
             assert f"{mean:.2f}" in line or f"{mean:.1f}" in line, (wd, product, mean)
+
+
+def test_architectures_are_counted():
+    outcomes = [row["outcome"] for row in rows("trust/architectures.csv")]
+    text = read("results", "trust", "README.md")
+    for outcome in ("equal", "refused", "unverified", "differs", "not built"):
+        assert f"| {outcome} | {outcomes.count(outcome)} |" in text
+    assert f"`architectures.csv`, {len(outcomes)} kinds" in text

@@ -1,7 +1,7 @@
 """
 Every architecture that transformers can build small, against its own attention.
 
-    python tests/trials/architectures.py OUT.jsonl                # all, some 20 minutes on one core
+    python tests/trials/architectures.py OUT.jsonl                # all, some minutes on one core
     python tests/trials/architectures.py OUT.jsonl bert minimax   # some
     python tests/trials/architectures.py --csv=results/trust/architectures.csv ALL.jsonl SOME.jsonl
 
@@ -9,8 +9,8 @@ A random small model of each kind is saved to disk and read by nanorank.checkpoi
 that was read is then run, by the whole model or by itself. The scores of every head, taken from the model's
 softmax, must be those of W_K^T W_Q, and the output those of P W_V with each head weighted by itself. Writes a
 line for each architecture: equal, refused (and why), WRONG, unverified (read, but its attention did not run)
-or not built. Architectures that OUT.jsonl has already are left out. --csv makes the table of such files; where
-two have the same architecture, the later counts.
+or not built. Architectures that OUT.jsonl has already are left out. --csv makes the table of such files;
+where two have the same architecture, the later counts.
 """
 import contextlib
 import csv
@@ -321,7 +321,7 @@ def differs(heads, seen):
         scores, weights = scores.flatten(1, 2), weights.flatten(1, 2)
     if scores.ndim != 4:
         return f"scores of shape {tuple(scores.shape)}", False
-    if scores.shape[2] == H or scores.shape[-1] > y.shape[1] + 1:
+    if scores.shape[1] != H == scores.shape[2] or scores.shape[-1] > y.shape[1] + 1:
         return f"attention in windows or to more than the input's tokens: {tuple(scores.shape)}", False
     if scores.shape[1] != H:
         return f"{H} heads read, scores of shape {tuple(scores.shape)}", True
@@ -399,7 +399,9 @@ def examine(kind):
     with torch.no_grad(), probe.watching():
         run_whole(model, probe)
         for index, (module, heads) in enumerate(zip(inside, layers)):
-            if "o" not in probe.seen.get(index, {}):
+            seen = probe.seen.get(index, {})
+            faded = "o" in seen and seen["q"].abs().max() < 1e-9  # small weights, layer after layer
+            if "o" not in seen or faded:
                 probe.current = None
                 run_alone(model, module, heads, probe, index)
 
@@ -410,6 +412,8 @@ def examine(kind):
             unverified.append(f"{module.path}: not run ({', '.join(seen) or 'nothing'} seen)")
             continue
         said, is_wrong = differs(heads, seen)
+        if is_wrong and len(seen.get("k", [])) == 2:  # the model joins its two parts of keys the other way
+            said, is_wrong = differs(heads, {**seen, "k": seen["k"][::-1], "v": seen["v"][::-1]})
         if is_wrong:
             wrong.append(f"{module.path}: {said}")
         elif said and said != "gated":
@@ -422,25 +426,36 @@ def examine(kind):
             "unverified": unverified[:6], "remarks": remarks[:3]}
 
 
-# what a model adds to the products that were held against it; the trial sets it to zero
-ADDED = {
-    "swinv2": "cosine attention: queries and keys are normalised; a bias by position is added to the scores",
-    "swin2sr": "cosine attention: queries and keys are normalised; a bias by position is added to the scores",
+# what a model adds to the products that were compared (the trial sets it to zero), or why none were
+COSINE = "cosine attention: queries and keys are normalised; a bias by position is added to the scores"
+PADDED = "the first token of a shifted window is padding"
+NOTES = {
     "doge": "a mask made of the values is added to the scores",
+    "longformer": "its scores lie in windows around each token",
+    "longt5": "its encoder's scores lie in blocks of tokens",
+    "grounding-dino": PADDED,
+    "maskformer-swin": PADDED,
+    "mimo_v2_flash": "the largest score is subtracted, which leaves zero for one token",
+    "mm-grounding-dino": PADDED,
     "nystromformer": "a convolution of the values is added to the heads' output",
+    "swin2sr": COSINE,
+    "swinv2": COSINE,
 }
 
 
 def reason(line):
-    """One sentence on the outcome of an architecture."""
-    kind, verdict = line["kind"], line["verdict"]
+    """A few words on the outcome of an architecture."""
+    verdict = line["verdict"]
     if "why" in line:
-        return " ".join(line["why"].removeprefix(": ").split())
-    if verdict == "equal":
-        said = f"{line['equal']} modules"
-        return f"{said}; {ADDED[kind]}" if kind in ADDED else said
-    modules = line["wrong"] if verdict == "WRONG" else line["unverified"]
-    return f"{modules[0]}; {line['equal']} other modules equal"
+        parts = [" ".join(line["why"].removeprefix(": ").split())]
+    elif verdict == "equal":
+        parts = [f"{line['equal']} modules"]
+    else:
+        modules = line["wrong"] if verdict == "WRONG" else line["unverified"]
+        parts = [modules[0], f"{line['equal']} other modules equal"]
+    if line["kind"] in NOTES:
+        parts.append(NOTES[line["kind"]])
+    return "; ".join(parts)
 
 
 def write_csv(path, sources):
