@@ -22,6 +22,9 @@ import signal
 import sys
 import tempfile
 import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import transformers
