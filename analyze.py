@@ -2,7 +2,7 @@
 Rank, norms and balance of every attention head in a checkpoint: tables, CSV files and figures.
 
     python analyze.py out/lm/ckpt.pt                   # ours or nanoGPT's
-    python analyze.py Llama-2-7b-hf                    # a Hugging Face folder, file or hub id; more in README
+    python analyze.py Llama-2-7b-hf                    # a Hugging Face folder, file, hub id; docs/families.md
     python analyze.py pythia-70m                       # a folder of step*, checkpoint-*: one run, in order
     python analyze.py out/demo-0 out/demo-4 --compare  # two runs: all snapshots, differences by layer
     python analyze.py model.pt --pattern=wq.weight,wk.weight,wv.weight,wo.weight --n_head=8

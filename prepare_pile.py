@@ -172,7 +172,7 @@ def tokenise(part, files, stop):
     at_chunk = part.record["chunk"]
     if at_chunk:
         path = files[part.record["file"]].path
-        print(f"going on behind chunk {at_chunk} of {path}: {part.tokens():,} tokens are done", flush=True)
+        print(f"going on after chunk {at_chunk} of {path}: {part.tokens():,} tokens are done", flush=True)
     work = partial(encode_chunk, tokenizer=part.record["settings"]["tokenizer"], dtype=part.dtype,
                    share=shares(files), text_key=text_key, max_bytes=max_document_mb << 20)
     total = sum(files[i].size for i in my_files(files))  # bytes
@@ -210,7 +210,7 @@ def my_files(files):
 
 
 def unread_chunks(part, files, stop):
-    """Yields (bytes read so far, file number, chunk number, chunk) of this part behind what is recorded."""
+    """Yields (bytes read so far, file number, chunk number, chunk) of this part after what is recorded."""
     by_file = len(files) >= num_shards  # else a part takes every num_shards-th chunk
     at_file = part.record["file"]
     at_chunk = part.record["chunk"]

@@ -43,7 +43,7 @@ BEGINNINGS = {
 
 
 def what_file_is(path):
-    """What a file is by its first bytes, and the next step; an empty string where it may be a checkpoint."""
+    """Says what a file is by its first bytes, and the next step; "" where it may be a checkpoint."""
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
@@ -67,7 +67,7 @@ def what_file_is(path):
 
 
 def what_zip_is(path):
-    """What a zip is that torch.save did not write."""
+    """Says what a zip is that torch.save did not write."""
     if not zipfile.is_zipfile(path):
         return ""
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
@@ -86,7 +86,7 @@ def what_zip_is(path):
 
 
 def what_folder_is(names):
-    """What a folder of these names is that holds no model, or a model in parts."""
+    """Says what a folder of these names is that holds no model, or a model in parts."""
     bases = [os.path.basename(name) for name in names]
     if any(name.endswith(".distcp") for name in bases) or ".metadata" in bases:
         return f"a folder {DCP}"
@@ -110,7 +110,7 @@ def what_folder_is(names):
 
 
 def what_pickle_holds(path, most=1 << 22):
-    """What the pickle of a torch file holds beside plain tensors, and the next step.
+    """Says what the pickle of a torch file holds beside plain tensors, and the next step.
 
     Read by pickletools, which runs nothing, up to `most` bytes.
     """

@@ -1,5 +1,5 @@
 """
-What a notebook calls: a checkpoint, and the attention heads of anything.
+A checkpoint, and the attention heads of anything, for a notebook.
 
     ckpt = open_checkpoint("out/demo-4")       # a run folder: its last checkpoint
     for layer in attention_layers(model):      # or of a state dict, or a path

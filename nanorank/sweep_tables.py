@@ -174,7 +174,7 @@ def paired_markdown(differences, rows, columns):
         difference = f"{x['difference']:+.4g}" if n else "missing"
         span = f"{x['low']:+.4g} to {x['high']:+.4g}" if n > 1 else ""
         if n == 1:
-            span = "takes two seeds"
+            span = "needs two seeds"
         lines.append([where, as_text(x[rows]), difference, span, seeds])
     table = pd.DataFrame(lines, columns=[columns, rows, "difference", "95 % interval", "seeds"])
     return table.to_markdown(index=False, disable_numparse=True)

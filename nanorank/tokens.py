@@ -25,7 +25,7 @@ from nanorank.errors import UserError
 from nanorank.rng import shuffled
 
 IGNORE = -1        # target of a padded position
-CHECKED = 1 << 28  # splits up to this many bytes are held against their checksums when opened (0.1 s)
+CHECKED = 1 << 28  # splits up to this many bytes are compared with their checksums when opened (0.1 s)
 AGAIN = "copy it again, or run prepare_pile.py for this data set again"
 
 
@@ -169,7 +169,7 @@ def check_token_meta(meta):
 
 
 def load_meta(folder, check, command):
-    """meta.json of a data folder, held against check(meta); command: what makes such a folder."""
+    """meta.json of a data folder that passes check(meta). command: the one that makes such a folder."""
     path = os.path.join(folder, "meta.json")
     make = f"make it with: {command}"
     if not os.path.exists(path):

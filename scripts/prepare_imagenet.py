@@ -186,7 +186,7 @@ def decode_all(part, data, roles, share, stop):
     at = part.record["chunk"]
     before = sum(chunk.images for chunk in data.chunks[:at])
     if at:
-        print(f"going on behind image {before:,} of {total:,}", flush=True)
+        print(f"going on after image {before:,} of {total:,}", flush=True)
     work = functools.partial(decode_chunk, short_side=short_side, roles=roles, share=share,
                              n_classes=len(data.classes), keys=keys)
     jobs = []

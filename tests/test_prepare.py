@@ -480,7 +480,7 @@ def test_sigterm_saves_and_says_how_to_go_on(prepare, tmp_path, to):
     assert wait_for_end(process) == 128 + signal.SIGTERM
     assert not (tmp_path / "data" / "killed" / "meta.json").exists()
     status, output = prepare(source=source, dataset="killed")
-    assert status == 0 and "going on behind chunk" in output
+    assert status == 0 and "going on after chunk" in output
     prepare(source=source, dataset="killed", data_dir=tmp_path / "whole")
     assert contents(tmp_path / "data" / "killed") == contents(tmp_path / "whole" / "killed")
 

@@ -514,7 +514,7 @@ def test_sigterm_saves_and_the_next_run_goes_on(prepare, tmp_path, many):
     assert wait_for_end(process) == 128 + signal.SIGTERM
     assert not (tmp_path / "data" / "killed" / "meta.json").exists()
     status, output = prepare(source=many, dataset="killed")
-    assert status == 0 and "going on behind image" in output
+    assert status == 0 and "going on after image" in output
     prepare(source=many, dataset="killed", data_dir=tmp_path / "whole")
     assert contents(tmp_path / "data" / "killed") == contents(tmp_path / "whole" / "killed")
 
