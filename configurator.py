@@ -122,7 +122,10 @@ def configure(settings, positional="", argv=None):
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     defaults = script_settings(settings)
-    given = GIVEN.setdefault(settings["__file__"], set())
+    # remembered for a script that runs, not where its settings are only looked at (as a sweep does)
+    module = sys.modules.get(settings.get("__name__"))
+    is_module = module is not None and vars(module) is settings
+    given = GIVEN.setdefault(settings["__file__"], set()) if is_module else set()
     others = []
     try:
         while argv:

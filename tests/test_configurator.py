@@ -4,6 +4,7 @@ The settings block as a command line: types, order, help, and every error.
 import math
 import pathlib
 import re
+import sys
 import types
 
 import pytest
@@ -36,11 +37,12 @@ computed = len("abc")
 
 
 @pytest.fixture
-def settings(tmp_path):
+def settings(tmp_path, monkeypatch):
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
     module = types.ModuleType("script")
     module.__file__ = str(path)
+    monkeypatch.setitem(sys.modules, "script", module)
     exec(compile(SCRIPT, str(path), "exec"), module.__dict__)
     return module.__dict__
 
@@ -242,3 +244,4 @@ def test_every_config_fits_its_script(config):
     names = [name for name, _, _ in read_config(str(config))]
     configure(settings, argv=[str(config)])
     assert len(names) == len(set(names)) > 0
+    assert not chosen(str(script), script_settings(settings))  # nobody ran it
