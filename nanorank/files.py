@@ -16,7 +16,7 @@ from collections import Counter
 
 import torch
 
-from nanorank.errors import UserError
+from nanorank.errors import UserError, is_disk_error
 from nanorank.foreign_files import what_file_is, what_pickle_holds
 
 try:
@@ -31,6 +31,8 @@ def make_folder(path):
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
+        if is_disk_error(error):  # no fault of the command, which can go on later
+            raise
         raise UserError(f"{path} cannot be made ({error.strerror}): --out_dir goes elsewhere") from None
     if not os.access(path, os.W_OK):
         raise UserError(f"{path} cannot be written to: --out_dir goes elsewhere")

@@ -35,7 +35,7 @@ from nanorank.device import (
     slow_dtype,
 )
 from nanorank.errors import UserError
-from nanorank.files import load_pt, save_json, save_pt
+from nanorank.files import load_pt, make_folder, save_json, save_pt
 from nanorank.hf_gpt2 import open_init
 from nanorank.restore import check_resumable, load_optimizers, saved_args
 from nanorank.rng import hash64
@@ -187,9 +187,7 @@ class Run:
     def should_resume(self):
         """Whether to resume from ckpt.pt. Raises UserError where the folder does not allow what is asked."""
         init_from, eval_only = self.settings["init_from"], self.settings["eval_only"]
-        os.makedirs(self.out_dir, exist_ok=True)
-        if not os.access(self.out_dir, os.W_OK):
-            raise UserError(f"{self.out_dir} cannot be written to: --out_dir goes elsewhere")
+        make_folder(self.out_dir)
 
         has_ckpt = os.path.exists(self.ckpt_path)
         resume = init_from == "resume"

@@ -33,6 +33,8 @@ import nanorank.run
 import train_lm
 import train_vit
 from nanorank.distributed import exit_codes
+from nanorank.errors import user_errors
+from nanorank.files import make_folder
 from nanorank.run_folder import RunLog, lock_folder
 from nanorank.tables import read_csv
 
@@ -176,6 +178,17 @@ def test_a_folder_that_cannot_be_written_to(train, tmp_path, capsys):
         for how in ({"init_from": "resume"}, {"eval_only": True}):
             ends(2, lambda how=how: train(tmp_path / "a", **how), capsys, tmp_path / "a")
         ends(2, lambda: train(tmp_path / "b"), capsys, tmp_path / "b")
+
+
+def test_a_full_disk_is_no_mistake_of_the_user(tmp_path, monkeypatch):
+    """Where a folder cannot be made for lack of space, scripts exit with 1, not 2."""
+    def full(*args, **settings):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "a"))
+
+    monkeypatch.setattr(os, "makedirs", full)
+    with pytest.raises(SystemExit) as stop, user_errors("analyze.py"):
+        make_folder(str(tmp_path / "a"))
+    assert stop.value.code == 1
 
 
 @contextlib.contextmanager
