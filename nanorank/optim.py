@@ -43,9 +43,9 @@ class Muon(torch.optim.Muon):
 # ------------------------------------------------------------ a decay of W_Q and W_K of their own
 
 def own_decay(model, attn_wd, qk_wd, qk_decay):
-    """Entries of the group attn that leave its decay to decay_by_rows; none where qk_wd is -1 and qk_decay l2.
+    """Entries of the group attn that leave its decay to decay_by_rows. qk_wd -1: attn_wd.
 
-    qk_wd -1: attn_wd.
+    None where that and qk_decay "l2" say nothing new.
     """
     if qk_wd < 0 and qk_decay == "l2":
         return {}
