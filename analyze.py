@@ -204,7 +204,7 @@ def print_heads(run, heads, source, remarks):
     """The metrics of a run's last checkpoint by layer, and remarks on what was left out."""
     columns = [rank_name(threshold), "stable_rank", "effective_rank", "nuclear", "half_sq_norm"]
     columns += ["gap", "gap_gaussian", "imbalance"]
-    columns += [name for name in heads if "planes" in name and name != "nuclear_planes"]
+    columns += [name for name in heads if re.match(r"planes\d|(gap|imbalance)_planes", name)]
     step = heads["step"].iloc[0]
     at_step = f", step {step}" if step >= 0 else ""
     widths = "/".join(str(width) for width in sorted(set(heads["d_head"])))

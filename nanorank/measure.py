@@ -27,7 +27,8 @@ def head_rows(ckpt, device, threshold=0.95, exact=False, done=lambda part: None)
             # the norms of the product of random factors of norm 1 of the same shapes
             shape = A.shape[-2], B.shape[-2], A.shape[-1]
             random = gaussian_nuclear(*shape)
-            random_planes = gaussian_planes(*shape, rope_in(layer, product).dim) if planes else 0.0
+            turning = rope_in(layer, product).dim if planes else 0
+            random_planes = gaussian_planes(*shape, turning) if planes else 0.0
             for head, values in enumerate(s.tolist()):
                 key = {"checkpoint": ckpt.path, "step": ckpt.step, "stack": layer.stack,
                        "layer": layer.layer, "head": head, "product": product, "d_head": A.shape[-1]}
@@ -37,6 +38,7 @@ def head_rows(ckpt, device, threshold=0.95, exact=False, done=lambda part: None)
                 row["gap_gaussian"] = 1 - random * a * b / half if half else 0.0
                 row["regulariser"] = regulariser_of(layer, product)
                 if planes:
+                    row["planes"] = turning // 2
                     row.update({name: column[head] for name, column in planes.items()})
                     row["gap_planes_gaussian"] = 1 - random_planes * a * b / half if half else 0.0
                 rows.append({**key, **row})

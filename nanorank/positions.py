@@ -236,11 +236,10 @@ def refuse_contradiction(modules, shapes, configs, word):
     """Raises UserError where --rope says other than what the model itself does."""
     if not word:
         return
-    asked = parse_rope(word)
+    asked = parse_rope(word).pairing
     found = [positions_of(module, shapes, configs) for module in modules]
-    if found and all(x.pairing for x in found) and all(x[:2] != asked[:2] for x in found):
-        rows = "" if found[0].pairing == "none" or found[0].rows == 1.0 else f", {found[0].rows:g} of the rows"
-        raise UserError(f"--rope={word}: {found[0].source} says {found[0].pairing}{rows}")
+    if found and all(x.pairing not in ("", asked) for x in found):
+        raise UserError(f"--rope={word}: {found[0].source} says {found[0].pairing}")
 
 
 def remarks_on(modules, shapes, configs, word=""):
@@ -261,6 +260,5 @@ def remarks_on(modules, shapes, configs, word=""):
     norms = [norm_of(module, shapes, configs) for module in modules]
     norm = next(filter(None, norms), "")
     if norm:
-        remarks.append(f"q and k are normed ({norm}): decay does not regularise W_K^T W_Q there, it only "
-                       "shrinks W_Q and W_K")
+        remarks.append(f"q and k are normed ({norm}): decay shrinks W_Q and W_K, and the scores stay")
     return remarks

@@ -58,7 +58,7 @@ def undetermined(table, given, always=()):
 HOW = {
     "nuclear": "nuclear norm",
     "planes": "sum over rotary planes of |a_j| |b_j|",
-    "none": "no norm: q and k are normed, so decay does not regularise their product",
+    "none": "q and k are normed, so decay does not regularise their product",
 }
 
 
@@ -66,7 +66,7 @@ def regularised(heads, product):
     """The rows of heads.csv on whose factors L2 acts as a norm of their product, of "qk" or "ov".
 
     These are the stacked products of the key/value heads where queries share them. In columns of their own:
-    `norm`, what L2 becomes, its `norm_gap`, `norm_gap_gaussian` and `norm_imbalance`; `regulariser` names it.
+    `norm`, what L2 becomes, its `norm_gap` and `norm_gap_gaussian`; `regulariser` names it.
     """
     stacked = heads[heads["product"] == f"{product}_stacked"]
     rows = (heads[heads["product"] == product] if stacked.empty else stacked).copy()
@@ -74,8 +74,7 @@ def regularised(heads, product):
         rows["regulariser"] = "nuclear"
     planes = rows["regulariser"] == "planes"
     names = {"norm": ("nuclear", "nuclear_planes"), "norm_gap": ("gap", "gap_planes"),
-             "norm_gap_gaussian": ("gap_gaussian", "gap_planes_gaussian"),
-             "norm_imbalance": ("imbalance", "imbalance_planes")}
+             "norm_gap_gaussian": ("gap_gaussian", "gap_planes_gaussian")}
     for name, (plain, by_plane) in names.items():
         rows[name] = rows[plain].where(~planes, rows[by_plane]) if planes.any() else rows[plain]
     return rows
@@ -83,10 +82,12 @@ def regularised(heads, product):
 
 def how(rows, product):
     """How the gap of the rows of regularised() is computed, in words."""
-    words = [HOW[name] for name in rows["regulariser"].unique()]
-    said = ", elsewhere ".join(words)
-    if rows["product"].iloc[0] != product:
-        said += "; each key/value head with all its query heads"
+    said = ", elsewhere ".join(HOW[name] for name in rows["regulariser"].unique())
+    planes = rows[rows["regulariser"] == "planes"]
+    if len(planes) and (2 * planes["planes"] < planes["d_head"]).any():
+        said += " plus the nuclear norm of the rows that do not turn"
+    if rows["product"].iloc[0] != product and set(rows["regulariser"]) != {"none"}:
+        said += ", of each key/value head with all its queries"
     return said
 
 
@@ -101,6 +102,6 @@ def gap_lines(heads):
         numbers = "none"
         if len(gaps):
             gap, gaussian = gaps["norm_gap"].mean(), gaps["norm_gap_gaussian"].mean()
-            numbers = f"{gap:.3f}, of Gaussian factors {gaussian:.3f}"
-        lines.append(f"gap that decay closes, {product}: {numbers} ({how(rows, product)})")
+            numbers = f"{gap:.3f} (Gaussian factors {gaussian:.3f})"
+        lines.append(f"gap that decay closes, {product}: {numbers}; {how(rows, product)}")
     return lines

@@ -21,12 +21,12 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import architectures
 import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from trials import architectures
 
 from nanorank import positions
 from nanorank.errors import UserError
