@@ -110,7 +110,10 @@ def shrink_singular_values(W, size):
         return
     eye = torch.eye(W.shape[-2], dtype=W.dtype, device=W.device)
     stacked = torch.cat([W, size * eye.expand(*W.shape[:-1], -1)], dim=-1)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32 would bury singular values below 1e-3 of the largest
     W -= size * polar_factor(stacked)[..., :W.shape[-1]]
+    torch.set_float32_matmul_precision(precision)
 
 
 def polar_factor(W, steps=20):

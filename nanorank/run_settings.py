@@ -21,6 +21,8 @@ FREE_ON_RESUME = (
     "log_interval", "eval_interval", "eval_iters", "rank_interval", "snapshot_steps",
     "wandb_log", "wandb_project", "wandb_run_name",
 )
+# settings that older runs do not know, as they had them
+BEFORE = {"rope": False, "n_kv_head": 0, "qk_norm": False, "qk_wd": -1.0, "qk_decay": "l2"}
 # a run may have these otherwise than the model that it starts from
 NOT_SHAPE = ("block_size", "image_size", "dropout", "drop_path")
 # the smallest and the largest value of train_vit's augmentation
@@ -106,7 +108,7 @@ def check_same_run(ckpt, path, new, fingerprint, max_iters):
 
     fingerprint: of the training data. Returns the changes that are allowed, as text.
     """
-    old = ckpt["config"]
+    old = {**BEFORE, **ckpt["config"]}
     overruled = ckpt.get("overruled", {})
     refused, allowed = {}, []
     for name in new:

@@ -2,7 +2,6 @@
 Attention as it is built today (rotary positions, grouped queries, QK-norm) against Hugging Face's, and the
 decay of W_Q and W_K apart from W_V and P against exact singular values.
 """
-import json
 import math
 
 import pytest
@@ -21,7 +20,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, Attention, decay_groups, init_weights, load_gpt, load_vit, make_optimizers, rotate
+from model import (
+    GPT,
+    Attention,
+    ViT,
+    decay_groups,
+    init_weights,
+    load_gpt,
+    load_vit,
+    make_optimizers,
+    rotate,
+)
 from nanorank.errors import UserError
 from nanorank.flops import flops_per_token
 from nanorank.generate import generate
@@ -96,7 +105,7 @@ def test_attention_is_that_of_hugging_faces_llama_and_qwen3(family, n_embd, n_he
     positions = Rotary(config)(x, torch.arange(T)[None])
     want, _ = theirs(x, positions, None)
     got = ours(x)
-    assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
+    assert torch.allclose(got, want, atol=1e-5 * want.abs().max().item())
     want.square().sum().backward()
     got.square().sum().backward()
     largest = max(float(p.grad.abs().max()) for p in theirs.parameters())
@@ -201,17 +210,16 @@ def test_a_checkpoint_opens_as_what_it_was():
 ])
 def test_unknown_arguments_of_a_checkpoint_are_refused(changes, words):
     model = gpt(**MODERN)
-    with refused("a.pt", words) as error:
+    with refused("a.pt", words):
         load_gpt({"model": model.state_dict(), "model_args": {**model.args, **changes}}, path="a.pt")
-    del error
 
 
 def test_impossible_heads():
     with pytest.raises(UserError, match="heads of n_embd / n_head = 3 rows must be even"):
         GPT(**{**SHAPE, "n_embd": 12, "rope": True})
-    vit = {"n_classes": 3, "image_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16, "rope": True}
-    with pytest.raises(UserError, match="rope"):
-        load_vit({"model": {}, "model_args": vit})
+    vit = ViT(3, image_size=16, n_layer=1, n_head=2, n_embd=16)
+    with refused("ViT", "rope"):
+        load_vit({"model": vit.state_dict(), "model_args": {**vit.args, "rope": True}})
 
 
 def test_ranks_are_those_of_the_rows():
@@ -226,6 +234,8 @@ def test_ranks_are_those_of_the_rows():
         s = torch.linalg.svdvals(W_K.T @ W_Q)
         ranks.append(1 + int((s.cumsum(0) < 0.95 * s.sum()).sum()))
     assert found["layer1_rank95_qk"] == pytest.approx(sum(ranks) / 4)
+    assert "attn_gap_qk_stacked" in found and "attn_planes95_qk" not in found
+    assert 0 < attention_ranks(gpt(rope=True))["attn_planes95_qk"] <= 4
 
 
 @pytest.mark.parametrize("changes", [{}, *EACH, MODERN])
@@ -320,22 +330,17 @@ def test_nuclear_decay_takes_the_same_off_every_singular_value_and_stops_at_zero
     assert torch.equal(zero, torch.zeros(2, 3, 4))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_nuclear_decay_holds_for_steps_that_are_tiny_beside_the_weights(dtype, tolerance):
+def test_a_tiny_nuclear_decay_takes_at_most_its_size():
     """Newton-Schulz does not get to the end then: what is far below the largest falls by less, never more."""
     size = 1e-6
     before = torch.tensor([5.0, 1.0, 0.1, 1e-2, 1e-4, 1e-6, 1e-8], dtype=torch.float64)
     W = random_matrix(before.tolist(), 20)
     U, _, Vh = torch.linalg.svd(W, full_matrices=False)
-    W = W.to(dtype).double().to(dtype)
-    moved = W.clone()
-    shrink_singular_values(moved, size)
-    fallen = (U.T @ (W - moved).double() @ Vh.T).diagonal() / size
-    if dtype == torch.float64:
-        assert torch.allclose(fallen[:4], torch.ones(4, dtype=torch.float64), atol=1e-3)
-        assert fallen.min() >= 0 and (fallen * size <= before + 1e-15).all()
-    assert fallen.max() < 1 + 0.3 * (dtype == torch.float32)  # 1e-6 beside 5 is at float32's rounding
-    assert tolerance
+    after = W.clone()
+    shrink_singular_values(after, size)
+    fallen = (U.T @ (W - after) @ Vh.T).diagonal() / size
+    assert torch.allclose(fallen[:4], torch.ones(4, dtype=torch.float64), atol=1e-3)
+    assert fallen.min() >= 0 and fallen.max() < 1 + 1e-6 and (fallen * size <= before).all()
 
 
 def one_step(name, qk_wd=-1.0, qk_decay="l2", attn_wd=0.5, **changes):
@@ -388,15 +393,14 @@ def test_only_the_rows_of_q_and_k_have_the_other_decay(qk_decay):
 
 # ------------------------------------------------------------ runs
 
-RUNS = [*EACH, {**MODERN, "n_kv_head": 1, "optimizer": "muon"}, {"qk_wd": 0.3}, {"qk_wd": 0.0},
+RUNS = [{"rope": True}, {"n_kv_head": 1}, {"qk_norm": True},  # TINY has two heads
+        {**MODERN, "n_kv_head": 1, "optimizer": "muon"}, {"qk_wd": 0.3}, {"qk_wd": 0.0},
         {"qk_wd": 0.3, "optimizer": "adam"}, {"qk_decay": "nuclear", "qk_wd": 0.5, "qk_norm": True}]
 
 
 @pytest.mark.parametrize("settings", RUNS)
 def test_twenty_steps_are_ten_and_ten(train, tmp_path, settings):
     """To the bit, with dropout: weights, optimizer state, log and result."""
-    if settings.get("n_kv_head") == 2:
-        settings = {"n_kv_head": 1}
     same = {"dropout": 0.1, **settings}
     straight = train(tmp_path / "a", **same)
     with signalled_in_step(10), pytest.raises(SystemExit):
@@ -430,8 +434,6 @@ def test_the_decay_that_is_printed_and_counted(train, tmp_path, capsys):
     assert result["nuclear_decay_qk"] == pytest.approx(sum_lr) == result["decay_time_constants"]
     assert "decay_time_constants_qk" not in result
     assert f"nuclear decay 1, {sum_lr:.2f} off each singular value" in capsys.readouterr().out
-    norms = {name: logged(tmp_path / name, "norm_attn")[-1] for name in ("plain", "l2", "nuclear")}
-    assert len(set(norms.values())) == 3 and json.loads(json.dumps(norms))
     with refused("qk_wd was 0.25, is 0.5"):
         train(tmp_path / "l2", init_from="resume", **{**same, "qk_wd": 0.5})
 
@@ -462,6 +464,19 @@ def test_wrong_settings_are_user_errors(train, tmp_path, settings, words):
 def test_the_command_lines(tmp_path):
     one_line_exit_2(script("train_vit.py", "--rope", f"--out_dir={tmp_path}"), "rope")
     one_line_exit_2(script("train_lm.py", "--qk_decay=l1", f"--out_dir={tmp_path}"), "--qk_decay=l1")
+
+
+def test_runs_from_before_these_settings_resume(train, tmp_path):
+    train(tmp_path, max_iters=2)
+    ckpt = load(tmp_path / "ckpt.pt")
+    for name in (*MODERN, "qk_wd", "qk_decay"):
+        del ckpt["config"][name]
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    with refused("rope was False, is True"):
+        train(tmp_path, max_iters=3, init_from="resume", rope=True)
+    with refused("qk_wd was -1.0, is 0.5"):
+        train(tmp_path, max_iters=3, init_from="resume", qk_wd=0.5)
+    assert train(tmp_path, max_iters=3, init_from="resume")["steps"] == 3
 
 
 def test_a_run_keeps_its_attention(train, tmp_path):

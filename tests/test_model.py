@@ -145,9 +145,10 @@ def test_untied_head_and_state_dict_names():
 
 def test_saved_arguments_are_nanogpts_where_the_model_is():
     nanogpts = {*SHAPE, "dropout", "bias"}
-    assert gpt().args.keys() == {*nanogpts, "tied", "mlp", "post_norm"}
+    others = {"tied": False, "mlp": False, "post_norm": True, "rope": True, "n_kv_head": 2, "qk_norm": True}
+    assert gpt().args.keys() == {*nanogpts, *others}
     assert saved_args(gpt().args).keys() == nanogpts
-    for name, value in {"tied": False, "mlp": False, "post_norm": True}.items():
+    for name, value in others.items():
         args = saved_args(gpt(**{name: value}).args)
         assert args.keys() == {*nanogpts, name} and args[name] is value
 
