@@ -43,7 +43,7 @@ def attention_ranks(model):
 
     The threshold rank is also given by layer, {"layer0_rank95_qk": ...}. model: a GPT or ViT of model.py.
     """
-    return summary(attention_layers(model.state_dict(), model.args["n_head"]))
+    return summary(attention_layers(model.state_dict(), configs={"its model_args": model.args}))
 
 
 def group_norms(groups):
