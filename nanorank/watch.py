@@ -43,7 +43,8 @@ def attention_ranks(model):
 
     The threshold rank is also given by layer, {"layer0_rank95_qk": ...}. model: a GPT or ViT of model.py.
     """
-    return summary(attention_layers(model.state_dict(), configs={"its model_args": model.args}))
+    configs = {"model_args": model.args}
+    return summary(attention_layers(model.state_dict(), model.args["n_head"], configs))
 
 
 def group_norms(groups):

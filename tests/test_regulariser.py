@@ -1,4 +1,4 @@
-"""The products that L2 regularises in attention of today, by their definitions; which models turn, and how."""
+"""The products that L2 regularises in attention of today, by their definitions; which models turn."""
 import csv
 import json
 import math
@@ -93,8 +93,8 @@ def test_stacked_products_by_their_definition():
 @pytest.mark.parametrize("n_kv_head", [H, n])
 @pytest.mark.parametrize("rope", [Rope(8), Rope(8, True)])
 def test_balanced_planes_have_no_gap_and_the_same_function(rope, n_kv_head):
-    """The smallest norm among all factors of a function: each plane of W_K times a number, that of W_Q divided
-    by it. Minimised over the numbers, half_sq_norm is nuclear_planes."""
+    """The smallest norm among all factors of a function: each plane of W_K times a number, that of W_Q by
+    its inverse. Minimised over the numbers, half_sq_norm is nuclear_planes."""
     layer = layer_of(n_kv_head, rope)
     product = "qk" if n_kv_head == H else "qk_stacked"
     A, B = products_of(layer)[product]
