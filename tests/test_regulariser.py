@@ -294,14 +294,14 @@ def test_norms_of_q_and_k_are_found(names):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """run(path, name=value, ...): what analyze.main prints, and the rows of heads.csv."""
-    def go(path, **settings):
+    """run(path, ..., name=value, ...): what analyze.main prints, and the rows of heads.csv."""
+    def go(*paths, **settings):
         usual = {"out_dir": str(tmp_path / "out"), "device": "cpu", "figure": False, "norms": False}
         settings = {**usual, **settings}
         with monkeypatch.context() as patch:
             for name, value in settings.items():
                 patch.setattr(analyze, name, value)
-            analyze.main([str(path)])
+            analyze.main([str(path) for path in paths])
         with open(tmp_path / "out" / "heads.csv", newline="") as file:
             return capsys.readouterr().out, list(csv.DictReader(file))
     return go
@@ -340,6 +340,21 @@ def test_llama_by_planes_of_all_queries(tmp_path, run):
     assert figures.norm_label(own, "W") == figures.SUM_OVER_PLANES
     assert figures.title(own, "qk", "W", "llama") == "W, llama\nall queries of a key"
     assert own["norm_gap"].mean() == pytest.approx(mean(rows, "qk_stacked", "gap_planes"))
+
+
+def test_planes_of_two_models_and_over_training(tmp_path, run):
+    for step in (1, 2):
+        hugging_face(tmp_path / "run" / f"step{step}", "Llama")
+    hugging_face(tmp_path / "other", "Llama", hidden_size=32, head_dim=8)
+    out, rows = run(tmp_path / "run")
+    line = next(line for line in out.splitlines() if "gap_planes qk" in line)
+    assert "planes95 qk" in line and "planes95 ov" not in line
+    run(tmp_path / "run" / "step1", tmp_path / "other", compare=True)
+    with open(tmp_path / "out" / "compare.csv", newline="") as file:
+        compared = list(csv.DictReader(file))
+    planes = [row for row in compared if row["metric"] == "gap_planes"]
+    assert [row["product"] for row in planes] == ["qk", "qk"]
+    assert float(planes[0]["a"]) == pytest.approx(sum(float(row["gap_planes"]) for row in rows[:8]) / 8)
 
 
 def test_qwen_3_has_no_gap_of_qk(tmp_path, run):
