@@ -29,7 +29,7 @@ from conftest import (
 import model
 import nanorank.run
 import train_lm
-from nanorank import device, distributed, run_settings
+from nanorank import device, distributed, run_settings, run_setup
 from nanorank.run import Run
 from nanorank.run_folder import lock_folder
 
@@ -260,8 +260,8 @@ def test_without_a_compiler_compile_is_one_line(tmp_path, data_dir, monkeypatch)
 
 def test_auto_does_without_a_compiler_and_says_so(monkeypatch, capsys):
     run = SimpleNamespace(settings={"compile": "auto"}, device=torch.device("cuda"), print=print)
-    monkeypatch.setattr(nanorank.run, "compile_error", lambda _: "no compiler")
+    monkeypatch.setattr(run_setup, "compile_error", lambda _: "no compiler")
     assert Run.should_compile(run) is False
     assert "the model runs without: no compiler" in capsys.readouterr().out
-    monkeypatch.setattr(nanorank.run, "compile_error", lambda _: "")
+    monkeypatch.setattr(run_setup, "compile_error", lambda _: "")
     assert Run.should_compile(run) is True
