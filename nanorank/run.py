@@ -23,13 +23,14 @@ import torch.distributed as dist
 
 from nanorank import distributed
 from nanorank.console import print0, time_left
-from nanorank.device import device_name, peak_flops
+from nanorank.device import device_name, peak_flops, synchronize
 from nanorank.errors import UserError
 from nanorank.files import save_json, save_pt
-from nanorank.restore import load_optimizers, saved_args
+from nanorank.restore import saved_args
 from nanorank.rng import hash64
-from nanorank.run_folder import RunLog, copy_source, remove_leftovers, unlock_folder
+from nanorank.run_folder import unlock_folder
 from nanorank.run_setup import RunSetup
+from nanorank.save_thread import SaveThread
 
 # float16's gradient scale starts at 65536 and halves with each skipped step: 30 in a row is hopeless
 LEAST_SCALE = 1e-4
@@ -49,45 +50,17 @@ class Run(RunSetup):
 
     def __init__(self, script, settings):
         super().__init__(script, settings)
-        # set by restore
-        self.weight_decay = {}   # of each group
-        self.decay_time = {}     # of each group: sum of lr * weight decay so far, in decay time constants
-        self.seconds = 0.0       # of training, over all resumes
-        self.log_file = None     # the master process has one
         # set by banner: a step sees per_step tokens (or images, the unit) and takes flops_per_step
         self.unit, self.per_step, self.flops_per_step, self.peak_flops = "", 0, 0, 0.0
         self.peak_beaten = False  # by a step
-        # since the last report: (step, loss, lr, grad norm), tensors still on the device; and its time
+        # since the last report: (step, loss, lr, grad norm), tensors still on the device
         self.pending = []
-        self.clock = 0.0
+        self.clock = 0.0           # when the first of them began
+        self.first_seconds = None  # of this process's first step, until a report has told it
         # the step of ckpt.pt, and the size of log.jsonl then
         self.saved_step, self.log_bytes = -1, 0
-
-    def restore(self, optimizers):
-        """Takes up optimizers, log and counts of the run. Returns (first step, best validation loss)."""
-        groups = [group for opt in optimizers for group in opt.param_groups]
-        self.weight_decay = {group["name"]: group["weight_decay"] for group in groups}
-        self.decay_time = {name: 0.0 for name in self.weight_decay}  # sum of lr * weight decay so far
-        start, best_val_loss, log_bytes, wandb_id = 0, math.inf, 0, ""
-        if self.resume:
-            ckpt = self.ckpt
-            load_optimizers(optimizers, ckpt["optimizer"], self.ckpt_path)
-            if self.scaler.is_enabled() and ckpt["scaler"]:
-                self.scaler.load_state_dict(ckpt["scaler"])
-            start, best_val_loss = ckpt["iter_num"], ckpt["best_val_loss"]
-            self.seconds, self.decay_time = ckpt["seconds"], dict(ckpt["decay"])
-            if self.decay_time.keys() != self.weight_decay.keys():
-                old, new = ", ".join(self.decay_time), ", ".join(self.weight_decay)
-                raise UserError(f"{self.ckpt_path} is damaged, its decay is of groups {old}, not {new}: "
-                                f"--init_from={self.ckpt_path} starts a new run")
-            log_bytes, wandb_id = ckpt["log_bytes"], ckpt["wandb_id"]
-        self.ckpt = None  # frees its memory
-
-        if self.master_process:
-            source = copy_source(self.out_dir)
-            self.log_file = RunLog(self.out_dir, log_bytes, self.settings, wandb_id, source)
-            remove_leftovers(self.out_dir, self.resume)
-        return start, best_val_loss
+        self.save_thread = SaveThread() if settings["save_in_thread"] else None
+        self.asked = None  # for a signal on any process: (work, tensor) of a sum that is under way
 
     # ----------------------------------------------------------- what is said
 
@@ -127,6 +100,10 @@ class Run(RunSetup):
         for name, wd in self.weight_decay.items():
             self.decay_time[name] += lr * wd
         self.pending.append((step, loss, lr, grad_norm))
+        if self.first_seconds is None:  # it has compiled, and started libraries: it tells no speed
+            synchronize(self.device)
+            self.first_seconds = time.perf_counter() - self.clock
+            self.clock += self.first_seconds
         if (step + 1) % self.settings["log_interval"] == 0:
             self.report()
 
@@ -134,10 +111,16 @@ class Run(RunSetup):
         """Prints and logs the steps since the last report."""
         losses, grad_norms = self.read_steps()
         elapsed = time.perf_counter() - self.clock
-        self.seconds += elapsed
         step, _, lr, _ = self.pending[-1]
         loss, grad_norm = losses[-1], grad_norms[-1]
-        steps_per_s = len(self.pending) / elapsed
+        n_timed = len(self.pending)
+        if self.first_seconds and n_timed > 1:
+            n_timed -= 1
+        else:
+            elapsed += self.first_seconds
+        self.first_seconds = 0.0
+        steps_per_s = n_timed / elapsed
+        self.seconds += len(self.pending) / steps_per_s
         speed = steps_per_s * self.per_step
         flops = steps_per_s * self.flops_per_step / self.world_size
         if flops > self.peak_flops:  # which was measured while others used the machine
@@ -194,11 +177,25 @@ class Run(RunSetup):
     # ---------------------------------------------------------------- a step
 
     def signalled(self):
-        """The signal that any process got, 0 for none, the same answer on all of them."""
+        """The signal that any process got, 0 for none, the same answer on all of them.
+
+        Several processes ask each other at every call and read the answer at the next one, so that none
+        waits: they stop a step later than one process does.
+        """
         if not self.ddp:
             return self.signal.signal
+        answer = self.read_asked()
         signum = torch.tensor(self.signal.signal)
-        dist.all_reduce(signum, op=dist.ReduceOp.MAX)  # on the CPU, through gloo: the GPU does not wait
+        work = dist.all_reduce(signum, op=dist.ReduceOp.MAX, async_op=True)  # on the CPU, through gloo
+        self.asked = work, signum
+        return answer
+
+    def read_asked(self):
+        if not self.asked:
+            return 0
+        work, signum = self.asked
+        self.asked = None
+        work.wait()
         return int(signum)
 
     def begin_step(self, step):
@@ -210,6 +207,7 @@ class Run(RunSetup):
 
     def stop(self, signum, where):
         """Ends a run that a signal stops, after it was saved."""
+        self.wait_for_saves()
         self.print(f"stopped by signal {signum} {where}: go on with --init_from=resume")
         self.close()
         raise SystemExit(128 + signum)
@@ -242,17 +240,28 @@ class Run(RunSetup):
         }
         if self.overruled:
             ckpt["overruled"] = self.overruled
-        save_pt(self.ckpt_path, ckpt)
+        self.write(self.ckpt_path, ckpt)
 
     def save_weights(self, step, model):
         """Writes a snapshot of the weights alone, step_0001000.pt."""
         if self.master_process:
-            save_pt(os.path.join(self.out_dir, f"step_{step:07d}.pt"), {
+            self.write(os.path.join(self.out_dir, f"step_{step:07d}.pt"), {
                 "model": model.state_dict(),
                 "model_args": saved_args(model.args),
                 "iter_num": step,
                 "config": self.settings,
             })
+
+    def write(self, path, ckpt):
+        if self.save_thread:
+            self.save_thread.save(path, ckpt)
+        else:
+            save_pt(path, ckpt)
+
+    def wait_for_saves(self):
+        """Until what save and save_weights have begun is on disk. Raises OSError where it could not be."""
+        if self.save_thread:
+            self.save_thread.wait()
 
     # -------------------------------------------------------------- evaluate
 
@@ -297,6 +306,7 @@ class Run(RunSetup):
 
     def finish(self, result):
         """Ends the run: writes result.json."""
+        self.wait_for_saves()
         attention = self.decay_time.get("attn", 0.0)
         time_constants = {"decay_time_constants": attention}
         for name in {"mlp": 0.0, "embed": 0.0, **self.decay_time}:  # groups of a fork's own, too
@@ -324,6 +334,8 @@ class Run(RunSetup):
         self.close()
 
     def close(self):
+        self.wait_for_saves()
+        self.read_asked()
         if self.log_file:
             self.log_file.close()
         if self.master_process:

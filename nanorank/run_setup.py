@@ -2,6 +2,7 @@
 How a run begins: its processes, its device, its folder, and the checkpoint that it starts from.
 """
 import contextlib
+import math
 import os
 import re
 
@@ -16,8 +17,8 @@ from nanorank.device import compile_error, pick_device, pick_dtype, slow_dtype
 from nanorank.errors import UserError
 from nanorank.files import load_pt, make_folder
 from nanorank.hf_gpt2 import open_init
-from nanorank.restore import check_resumable
-from nanorank.run_folder import lock_folder
+from nanorank.restore import check_resumable, load_optimizers
+from nanorank.run_folder import RunLog, copy_source, lock_folder, remove_leftovers
 from nanorank.run_settings import (
     check_same_run,
     check_settings,
@@ -71,6 +72,11 @@ class RunSetup:
         self.snapshot_steps = set()
         self.lr_end = 0.0
         self.overruled = {}      # {setting: what was asked}, where the model of --init_from=PATH is otherwise
+        # set by restore
+        self.weight_decay = {}   # of each group
+        self.decay_time = {}     # of each group: sum of lr * weight decay so far, in decay time constants
+        self.seconds = 0.0       # of training, over all resumes
+        self.log_file = None     # the master process has one
 
     # ------------------------------------------------------------- processes
 
@@ -118,6 +124,15 @@ class RunSetup:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    def place(self, model):
+        """Moves a model to the device; with --bf16_residual its blocks pass on bfloat16, not float32."""
+        model.to(self.device)
+        if self.settings.get("bf16_residual"):
+            if self.dtype != torch.bfloat16:
+                raise UserError(f"--bf16_residual needs bfloat16, and this run is in {str(self.dtype)[6:]}")
+            # dropout stands between embeddings and blocks; blocks add to what they get in its dtype
+            model.transformer.drop.register_forward_hook(lambda module, args, x: x.bfloat16())
 
     @property
     def device_ids(self):
@@ -202,3 +217,29 @@ class RunSetup:
         if overruled and not resume:
             shape = ", ".join(f"{name}={value}" for name, value in overruled.items())
             self.print(f"the model is that of {self.init_path}: {shape}")
+
+    def restore(self, optimizers):
+        """Takes up optimizers, log and counts of the run. Returns (first step, best validation loss)."""
+        groups = [group for opt in optimizers for group in opt.param_groups]
+        self.weight_decay = {group["name"]: group["weight_decay"] for group in groups}
+        self.decay_time = {name: 0.0 for name in self.weight_decay}  # sum of lr * weight decay so far
+        start, best_val_loss, log_bytes, wandb_id = 0, math.inf, 0, ""
+        if self.resume:
+            ckpt = self.ckpt
+            load_optimizers(optimizers, ckpt["optimizer"], self.ckpt_path)
+            if self.scaler.is_enabled() and ckpt["scaler"]:
+                self.scaler.load_state_dict(ckpt["scaler"])
+            start, best_val_loss = ckpt["iter_num"], ckpt["best_val_loss"]
+            self.seconds, self.decay_time = ckpt["seconds"], dict(ckpt["decay"])
+            if self.decay_time.keys() != self.weight_decay.keys():
+                old, new = ", ".join(self.decay_time), ", ".join(self.weight_decay)
+                raise UserError(f"{self.ckpt_path} is damaged, its decay is of groups {old}, not {new}: "
+                                f"--init_from={self.ckpt_path} starts a new run")
+            log_bytes, wandb_id = ckpt["log_bytes"], ckpt["wandb_id"]
+        self.ckpt = None  # frees its memory
+
+        if self.master_process:
+            source = copy_source(self.out_dir)
+            self.log_file = RunLog(self.out_dir, log_bytes, self.settings, wandb_id, source)
+            remove_leftovers(self.out_dir, self.resume)
+        return start, best_val_loss

@@ -1,0 +1,55 @@
+"""
+Writing checkpoints while training goes on.
+"""
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from nanorank.files import save_pt
+
+
+class SaveThread:
+    """Writes checkpoints in a thread, one at a time.
+
+    save(path, ckpt) waits for the one before, copies all tensors and returns. wait() returns once everything is
+    on disk. Both raise what went wrong with the one before, OSError for a full disk. The copies take as much
+    host memory again as the checkpoint, page-locked where tensors are on a GPU.
+    """
+
+    def __init__(self):
+        self.thread = ThreadPoolExecutor(1)
+        self.coming = None
+
+    def save(self, path, ckpt):
+        self.wait()
+        self.coming = self.thread.submit(save_pt, path, copied(ckpt))
+
+    def wait(self):
+        coming = self.coming
+        self.coming = None
+        if coming:
+            coming.result()
+
+
+def copied(ckpt):
+    """A checkpoint's containers and tensors once more, on the host. Tensors that share memory still do."""
+    copies = {}  # by place in memory, shape and strides
+    result = copy_nested(ckpt, copies)
+    if any(key[0].type == "cuda" for key in copies):
+        torch.cuda.synchronize()  # until then the copies are under way
+    return result
+
+
+def copy_nested(x, copies):
+    if isinstance(x, dict):
+        return {name: copy_nested(value, copies) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(copy_nested(value, copies) for value in x)
+    if not isinstance(x, torch.Tensor):
+        return x
+    key = x.device, x.dtype, x.data_ptr(), x.shape, x.stride()
+    if key not in copies:
+        pinned = x.device.type == "cuda"
+        copy = torch.empty_like(x, device="cpu", pin_memory=pinned)
+        copies[key] = copy.copy_(x.detach(), non_blocking=True)
+    return copies[key]
