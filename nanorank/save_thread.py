@@ -11,9 +11,9 @@ from nanorank.files import save_pt
 class SaveThread:
     """Writes checkpoints in a thread, one at a time.
 
-    save(path, ckpt) waits for the one before, copies all tensors and returns. wait() returns once everything is
-    on disk. Both raise what went wrong with the one before, OSError for a full disk. The copies take as much
-    host memory again as the checkpoint, page-locked where tensors are on a GPU.
+    save(path, ckpt) waits for the one before, copies all tensors and returns. wait() returns once all is on
+    disk. Both raise what went wrong with the one before, OSError for a full disk. The copies take as much host
+    memory again as the checkpoint, page-locked where tensors are on a GPU.
     """
 
     def __init__(self):
