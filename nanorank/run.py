@@ -324,6 +324,8 @@ class Run(RunSetup):
             "autocast": str(self.dtype).removeprefix("torch."),
             "torch": torch.__version__,
         }
+        if self.device.type == "cuda":
+            result["gpu_gib"] = torch.cuda.max_memory_reserved(self.device) / 2**30
         test = {name: x for name, x in result.items() if name.startswith("test_")}
         if test:  # there may be no test split
             self.log(self.max_iters, **test)

@@ -12,8 +12,8 @@ class SaveThread:
     """Writes checkpoints in a thread, one at a time.
 
     save(path, ckpt) waits for the one before, copies all tensors and returns. wait() returns once all is on
-    disk. Both raise what went wrong with the one before, OSError for a full disk. The copies take as much host
-    memory again as the checkpoint, page-locked where tensors are on a GPU.
+    disk. Both raise what went wrong with the one before, OSError for a full disk. The copies take as much
+    memory of the host again as the checkpoint, page-locked where tensors are on a GPU.
     """
 
     def __init__(self):
