@@ -55,6 +55,7 @@ from nanorank.errors import UserError, user_errors
 # -----------------------------------------------------------------------------
 kills = 100                     # kills of each program; a fifth of it in saves, signals, torchrun and disk
 seed = 0                        # of the moments
+save_in_thread = False          # the trainers write their checkpoints in a thread
 out_dir = "results/trust"       # where faults.csv goes
 # -----------------------------------------------------------------------------
 
@@ -290,7 +291,7 @@ def main(names):
     rows = []
     with tempfile.TemporaryDirectory(prefix="faults") as work:
         work = pathlib.Path(work)
-        known = programs(work)
+        known = programs(work, save_in_thread)
         for name in ("prepare_pile", "prepare_imagenet"):  # the trainers read their data
             undisturbed(known[name], work, False)
         for name in names:
