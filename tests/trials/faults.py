@@ -72,6 +72,8 @@ class Trial:
 
     def __init__(self, name, program, work, n_faults, hit):
         counts = ("faults", "survived", "runs", "restarts", "before_first_save", "in_a_save", "command_line")
+        if save_in_thread:
+            name += ", saving in a thread"
         self.row = {"trial": name, "seed": seed, **dict.fromkeys(counts, 0)}
         self.row.update(seconds_undisturbed=0.0, seconds=0.0, failures=0)
         self.program, self.work, self.n_faults, self.hit = program, work, n_faults, hit
