@@ -2,7 +2,6 @@
 What a GPU needs, as far as a CPU can tell: chips by name, batches ahead, checkpoints in a thread, graphs,
 the first step's time, ranks in two calls.
 """
-import functools
 import json
 import os
 import threading
@@ -20,7 +19,7 @@ from nanorank import device, run_setup, save_thread
 from nanorank.errors import UserError
 from nanorank.families import attention_layers
 from nanorank.image_ops import equalize, luma
-from nanorank.images import ImageSplit
+from nanorank.images import ImageSplit, mean_and_std
 from nanorank.prefetch import prefetch
 from nanorank.save_thread import SaveThread
 from nanorank.spectra import summary
@@ -130,6 +129,18 @@ def test_crops_are_read_into_pinned_memory_where_that_is_asked_for(image_dir, mo
     assert asked == [True] and np.array_equal(pixels, want)
 
 
+def test_channel_means_are_copied_to_the_device_once():
+    """Each copy from an ordinary tensor makes the host wait for a GPU."""
+    moments = (0.5, 0.4, 0.6), (0.2, 0.25, 0.3)
+    assert mean_and_std(*moments, CPU) is mean_and_std(*moments, CPU)
+
+
+def test_results_say_what_ran(train, tmp_path):
+    result = train(tmp_path, max_iters=1)
+    assert result["autocast"] == "float32" and result["device_name"] == result["trained_on"] == "cpu"
+    assert result["torch"] == torch.__version__ and "gpu_gib" not in result
+
+
 def test_operations_that_apple_gpus_were_in_doubt_of_are_exact():
     """Against numpy: shifts of negative numbers, and counts of equal pixels."""
     x = torch.randint(0, 256, (2, 3, 9, 11), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -230,8 +241,12 @@ def count_graphs(monkeypatch):
         graphs.append(torch.is_grad_enabled())
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
+    def compile_whole(model, dynamic):
+        assert dynamic is False  # else a second shape makes all of them symbolic, and slower
+        return compile_(model, dynamic=dynamic, backend=backend, fullgraph=True)
+
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend=backend, fullgraph=True))
+    monkeypatch.setattr(torch, "compile", compile_whole)
     monkeypatch.setattr(run_setup, "compile_error", lambda _: "")
     return graphs
 
