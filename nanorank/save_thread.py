@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from nanorank.device import synchronize
 from nanorank.files import save_pt
 
 
@@ -35,8 +36,8 @@ def copied(ckpt):
     """A checkpoint's containers and tensors once more, on the host. Tensors that share memory still do."""
     copies = {}  # by place in memory, shape and strides
     result = copy_nested(ckpt, copies)
-    if any(key[0].type == "cuda" for key in copies):
-        torch.cuda.synchronize()  # until then the copies are under way
+    for device in {key[0] for key in copies}:
+        synchronize(device)  # until then the copies are under way
     return result
 
 

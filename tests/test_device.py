@@ -10,10 +10,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_weights, load, log_lines, logged, refused, signalled_in_step
+from conftest import (
+    assert_same_weights,
+    load,
+    log_lines,
+    logged,
+    refused,
+    run_main,
+    signalled_in_step,
+)
 
 import nanorank.run
 import train_lm
+import train_vit
 from model import GPT, ViT, init_weights, vit_size
 from nanorank import device, run_setup, save_thread
 from nanorank.errors import UserError
@@ -21,6 +30,8 @@ from nanorank.families import attention_layers
 from nanorank.image_ops import equalize, luma
 from nanorank.images import ImageSplit, mean_and_std
 from nanorank.prefetch import prefetch
+from nanorank.run import Run
+from nanorank.run_setup import RunSetup
 from nanorank.save_thread import SaveThread
 from nanorank.spectra import summary
 from nanorank.watch import attention_ranks
@@ -205,6 +216,50 @@ def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_save(tmp_path):
     saver.save(tmp_path / "b.pt", {})
     saver.wait()
     assert load(tmp_path / "b.pt") == {}
+
+# ------------------------------------------------------------- several processes
+
+@pytest.mark.parametrize("trainer", [train_lm, train_vit])
+def test_constant_buffers_are_not_sent_around(trainer, tmp_path, data_dir, image_dir, monkeypatch):
+    """A ViT's fixed positions: DDP would send them from the first process at every synchronised forward."""
+    class Wrapped(Exception):
+        pass
+
+    def ddp(net, **options):
+        assert options["broadcast_buffers"] is False
+        raise Wrapped
+
+    join = RunSetup.join_processes
+    monkeypatch.setattr(RunSetup, "join_processes", lambda run: [join(run), setattr(run, "ddp", True)])
+    monkeypatch.setattr(RunSetup, "barrier", lambda run: None)
+    monkeypatch.setattr(trainer, "DDP", ddp)
+    settings = {"out_dir": str(tmp_path), "device": "cpu", "n_layer": 1, "n_head": 2, "n_embd": 32,
+                "dataset": "text", "data_dir": str(data_dir)}
+    if trainer is train_vit:
+        settings.update(dataset="pictures", data_dir=str(image_dir), image_size=16, patch_size=4)
+    with pytest.raises(Wrapped):
+        run_main(trainer, settings)
+
+
+def test_a_signal_is_asked_for_without_waiting(monkeypatch):
+    """The answer is read at the next call; at the end none is left under way."""
+    waited = []
+
+    class Work:
+        def wait(self):
+            waited.append(1)
+
+    def all_reduce(signum, op, async_op):
+        assert async_op
+        signum.fill_(max(int(signum), other.pop(0)))
+        return Work()
+
+    other = [0, 15, 0]  # another process gets a signal
+    monkeypatch.setattr(nanorank.run.dist, "all_reduce", all_reduce)
+    run = object.__new__(Run)
+    vars(run).update(ddp=True, asked=None, signal=SimpleNamespace(signal=0))
+    assert [run.signalled() for _ in range(3)] == [0, 0, 15] and len(waited) == 2
+    assert run.read_asked() == 0 and len(waited) == 3 and run.asked is None
 
 # ---------------------------------------------------------------- the first step
 

@@ -143,14 +143,15 @@ with exit_codes("train_lm.py"):
 """
 
 
-def test_nodes_that_would_train_apart_are_refused(train, tmp_path, data_dir):
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_nodes_that_would_train_apart_are_refused(train, tmp_path, data_dir, processes):
     """One process finds a checkpoint, the other none: without the check each would train its own model."""
     script = tmp_path / "apart.py"
     script.write_text(APART.format(repo=str(REPO)))
     train(tmp_path / "run0", total_batch_size=4, batch_size=2, max_iters=4)
     args = flags(**{**TINY, "data_dir": data_dir, "out_dir": tmp_path / "run", "init_from": "auto",
                     "batch_size": 2, "max_iters": 4})
-    run = command(*torchrun(2), script, *args)
+    run = command(*torchrun(processes), script, *args)
     lines = [line for line in run.stderr.splitlines() if line.startswith("train_lm.py:")]
     assert run.returncode == 1 and "processes differ in what they resume or read" in lines[0], run.stderr
 
