@@ -1,6 +1,7 @@
 """
 Writing checkpoints while training goes on.
 """
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -43,14 +44,16 @@ def copied(ckpt):
 
 def copy_nested(x, copies):
     if isinstance(x, dict):
-        return {name: copy_nested(value, copies) for name, value in x.items()}
+        again = copy.copy(x)  # with what torch notes beside a state dict's tensors
+        for name, value in x.items():
+            again[name] = copy_nested(value, copies)
+        return again
     if isinstance(x, (list, tuple)):
         return type(x)(copy_nested(value, copies) for value in x)
     if not isinstance(x, torch.Tensor):
         return x
     key = x.device, x.dtype, x.data_ptr(), x.shape, x.stride()
     if key not in copies:
-        pinned = x.device.type == "cuda"
-        copy = torch.empty_like(x, device="cpu", pin_memory=pinned)
-        copies[key] = copy.copy_(x.detach(), non_blocking=True)
+        there = torch.empty_like(x, device="cpu", pin_memory=x.device.type == "cuda")
+        copies[key] = there.copy_(x.detach(), non_blocking=True)
     return copies[key]

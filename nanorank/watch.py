@@ -63,15 +63,16 @@ def matrices(layer):
 def summary_at_once(layers, threshold=0.95):
     """summary(layers) to the digit, for layers of one shape: two calls, where a GPU would wait for 24."""
     W_Q, W_K, W_V, P = [torch.stack(all_layers) for all_layers in zip(*map(matrices, layers))]  # (L, H, r, d)
+    tables = {"qk": metrics(*qk_factors(W_Q, W_K), threshold), "ov": metrics(*ov_factors(W_V, P), threshold)}
+    result = {}
+    for product, table in tables.items():
+        for name, by_layer in table.items():  # a list of heads for each layer
+            result[f"attn_{name}_{product}"] = mean(sum(by_layer, []))
     rank = rank_name(threshold)
-    means, by_layer = {}, {}
-    for product, factors in (("qk", qk_factors(W_Q, W_K)), ("ov", ov_factors(W_V, P))):
-        for name, values in metrics(*factors, threshold).items():  # of each layer, of each head
-            means[f"attn_{name}_{product}"] = mean(sum(values, []))
-            if name == rank:
-                for layer, ranks in zip(layers, values):
-                    by_layer[f"layer{layer.layer}_{rank}_{product}"] = mean(ranks)
-    return {**means, **by_layer}
+    for i, layer in enumerate(layers):
+        for product, table in tables.items():
+            result[f"layer{layer.layer}_{rank}_{product}"] = mean(table[rank][i])
+    return result
 
 
 def mean(values):

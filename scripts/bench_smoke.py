@@ -144,7 +144,7 @@ def attention_kernels(smoke):
     q, k, v, out_grad = torch.randn(4, *shape, generator=generator).to(smoke.setup.device)
 
     def gradients(kernel, dtype):
-        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         with sdpa_kernel(kernel):
             out = F.scaled_dot_product_attention(*inputs, is_causal=True)
             out.backward(out_grad.to(dtype))

@@ -62,7 +62,7 @@ def test_a_chip_is_known_by_whole_words_or_measured(name, tflops):
 def test_an_unknown_chip_is_measured(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(device, "gemm_seconds", lambda *_: 0.1)
-    for name, peak in (("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 2 * 256**3 / 0.1)):
+    for name, peak in (("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 2 * 128**3 / 0.1)):
         monkeypatch.setattr(device, "device_name", lambda _, name=name: name)
         assert device.peak_flops(gpu, torch.bfloat16)[0] == peak
 
