@@ -194,7 +194,7 @@ def main():
     # `net` is what runs; `model` keeps clean names for checkpoints and metrics
     net = torch.compile(model, dynamic=False) if run.compile else model
     if run.ddp:
-        net = DDP(net, device_ids=run.device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        net = DDP(net, device_ids=run.device_ids, gradient_as_bucket_view=True)
 
     if eval_only:
         result = evaluate_all(net, data, run)

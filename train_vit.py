@@ -243,7 +243,8 @@ def main():
     # `net` is what runs; `model` keeps clean names for checkpoints and metrics
     net = torch.compile(model, dynamic=False) if run.compile else model
     if run.ddp:
-        net = DDP(net, device_ids=run.device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        net = DDP(net, device_ids=run.device_ids, gradient_as_bucket_view=True)
+        net.broadcast_buffers = False            # fixed positions are the same on all processes
 
     if eval_only:
         return run.finish_eval({**model.args, **evaluate_all(net, data, run)})
