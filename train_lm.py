@@ -24,11 +24,12 @@ from nanorank.distributed import all_sum, exit_codes
 from nanorank.errors import UserError
 from nanorank.flops import flops_per_token
 from nanorank.optim import decay_by_rows
+from nanorank.prefetch import prefetch
 from nanorank.run import Run
 from nanorank.run_folder import make_data
 from nanorank.run_settings import lr_end
 from nanorank.tasks import TASKS, TaskSplit
-from nanorank.tokens import TokenSplit, held_out, open_splits, prefetch
+from nanorank.tokens import TokenSplit, held_out, open_splits
 from nanorank.watch import attention_ranks, group_norms
 
 # -----------------------------------------------------------------------------
@@ -42,6 +43,7 @@ seed = 1337                     # of initialisation, data order and dropout
 device = "auto"                 # auto, cpu, cuda, mps
 dtype = "auto"                  # autocast: auto (bfloat16 where a GPU has it), float32, bfloat16, float16
 compile = "auto"                # torch.compile: auto (on CUDA), true, false
+bf16_residual = False           # with bfloat16: between blocks too, not only in them; not timed on a GPU yet
 # data
 dataset = "pile"                # data/NAME of prepare_pile.py, or a task (recall); paper: the Pile
 data_dir = "data"               # where NAME is
@@ -85,6 +87,7 @@ eval_interval = 1000            # steps between evaluations, each after saving c
 eval_iters = 20                 # evaluation on this many times total_batch_size fixed rows of val
 rank_interval = 1000            # steps between measurements of rank and norms, 0: none
 snapshot_steps = ""             # weights-only step_*.pt at "100,200,400", "every:1000", "log:20" (log-spaced)
+save_in_thread = False          # write checkpoints in a thread while training goes on; not timed on a GPU yet
 wandb_log = False               # log to Weights & Biases too (WANDB_MODE=offline works)
 wandb_project = "nanorank"      # its project
 wandb_run_name = ""             # empty: out_dir
@@ -193,7 +196,7 @@ def main():
         init_weights(model, seed)                # the same on any device
     check_fit(model, tokenizer_size)
     run.take_shape(model.args)                   # of a checkpoint, into the settings
-    model.to(run.device)
+    run.place(model)                             # on the device
 
     # `net` is what runs; `model` keeps clean names for checkpoints and metrics
     net = torch.compile(model, dynamic=False) if run.compile else model

@@ -28,11 +28,12 @@ from nanorank.distributed import all_sum, exit_codes
 from nanorank.errors import UserError
 from nanorank.flops import flops_per_image
 from nanorank.images import ImageSplit, centre_crops, mean_and_std
+from nanorank.prefetch import prefetch
 from nanorank.rng import shuffled
 from nanorank.run import Run
 from nanorank.run_folder import make_data
 from nanorank.run_settings import lr_end
-from nanorank.tokens import held_out, open_splits, prefetch
+from nanorank.tokens import held_out, open_splits
 from nanorank.watch import attention_ranks, group_norms
 
 # -----------------------------------------------------------------------------
@@ -96,6 +97,7 @@ eval_interval = 1000            # steps between evaluations, each after saving c
 eval_iters = 10                 # evaluation on this many times total_batch_size fixed images of val
 rank_interval = 1000            # steps between measurements of rank and norms, 0: none
 snapshot_steps = ""             # weights-only step_*.pt at "100,200,400", "every:1000", "log:20" (log-spaced)
+save_in_thread = False          # write checkpoints in a thread while training goes on; not timed on a GPU yet
 wandb_log = False               # log to Weights & Biases too (WANDB_MODE=offline works)
 wandb_project = "nanorank"      # its project
 wandb_run_name = ""             # empty: out_dir
@@ -118,22 +120,23 @@ def sample_numbers(step, micro_step, run):
     return np.arange(first, first + run.batch_size)
 
 
+def read_crops(split, numbers, run):
+    """Returns pixels (B, H, W, 3) uint8: random crops, padded; sizes (B, 2) of each; labels (B,)."""
+    index = shuffled(split.n_images, seed, int(numbers[0]), len(numbers))
+    boxes = random_crops(split.heights[index], split.widths[index], seed, numbers,
+                         area=(crop_area, 1.0), ratio=(1 / crop_ratio, crop_ratio))
+    pixels, sizes = split.read(index, boxes, pin=run.device.type == "cuda")
+    return pixels, sizes, split.labels[index]
+
+
 def train_batches(split, run, start, n_steps):
-    """Yields pixels, sizes, labels, one micro-step after the other, from step `start` on.
+    """Yields images and targets of augment, one micro-step after the other, from step `start` on."""
+    def augmented(numbers, *crops):
+        return augment(*crops, numbers, split.meta)
 
-    pixels (B, H, W, 3) uint8: random crops, padded; sizes (B, 2): height and width of each; labels (B,).
-    """
-    def read(key):
-        numbers = sample_numbers(*key, run)
-        index = shuffled(split.n_images, seed, int(numbers[0]), len(numbers))
-        boxes = random_crops(split.heights[index], split.widths[index], seed, numbers,
-                             area=(crop_area, 1.0), ratio=(1 / crop_ratio, crop_ratio))
-        pixels, sizes = split.read(index, boxes)
-        return pixels, sizes, split.labels[index]
-
-    keys = ((step, micro_step) for step in range(start, n_steps)
-            for micro_step in range(run.grad_accum_steps))
-    return prefetch(read, keys, run.device)
+    numbers = (sample_numbers(step, micro_step, run) for step in range(start, n_steps)
+               for micro_step in range(run.grad_accum_steps))
+    return prefetch(lambda n: read_crops(split, n, run), numbers, run.device, augmented)
 
 
 def to_float(x, meta):
@@ -235,12 +238,13 @@ def main():
         init_weights(model, seed)                # the same on any device
     check_fit(model, meta, run)
     run.take_shape(model.args, shape)            # of a checkpoint, into the settings
-    model.to(run.device)
+    run.place(model)                             # on the device
 
     # `net` is what runs; `model` keeps clean names for checkpoints and metrics
     net = torch.compile(model, dynamic=False) if run.compile else model
     if run.ddp:
         net = DDP(net, device_ids=run.device_ids, gradient_as_bucket_view=True)
+        net.broadcast_buffers = False            # fixed positions are the same on all processes
 
     if eval_only:
         return run.finish_eval({**model.args, **evaluate_all(net, data, run)})
@@ -293,9 +297,7 @@ def main():
         run.begin_step(step)                     # starts the clock, seeds dropout
         train_loss = torch.zeros((), device=run.device)
         for micro_step in range(run.grad_accum_steps):
-            pixels, sizes, labels = next(batches)
-            numbers = sample_numbers(step, micro_step, run)
-            images, targets = augment(pixels, sizes, labels, numbers, meta)
+            images, targets = next(batches)
             if run.ddp:                          # average gradients over processes once a step
                 net.require_backward_grad_sync = micro_step == run.grad_accum_steps - 1
             with run.autocast():

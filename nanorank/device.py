@@ -4,6 +4,7 @@ The device a script runs on: which it is, in what dtype, how fast.
 import contextlib
 import ctypes
 import math
+import re
 import time
 
 import torch
@@ -15,11 +16,21 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-DENSE_16_BIT = {  # FLOP/s without sparsity, from NVIDIA's data sheets
-    "H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12,
-    "A100": 312e12, "A6000": 155e12, "L40S": 362e12, "4090": 165e12,
-    "3090": 71e12, "V100": 125e12, "T4": 65e12,
-}
+# words in a chip's name, and its FLOP/s in 16 bits without sparsity, from data sheets. The first row that
+# fits counts, so the special ones come first. None: a part of a chip, or a slower one of that name.
+PEAKS = (
+    ("MIG", None), ("GRID", None), ("Laptop", None), ("Max-Q", None), ("4090 D", None), ("5090 D", None),
+    ("GB300", 2500e12), ("GB200", 2500e12), ("B300", 2250e12), ("B200", 2250e12),
+    ("GH200", 989e12), ("H200 NVL", 835e12), ("H200", 989e12),
+    ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12),
+    ("H800 PCIe", 756e12), ("H800", 989e12), ("H20", 148e12),
+    ("A100", 312e12), ("A800", 312e12), ("A40", 150e12), ("A30", 165e12), ("A10", 125e12),
+    ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12),
+    ("RTX 6000 Ada", 364e12), ("RTX A6000", 155e12),
+    ("RTX 5090", 209e12), ("RTX 4090", 165e12), ("RTX 3090", 71e12),
+    ("V100S", 130e12), ("V100-PCIE", 112e12), ("V100", 125e12), ("T4", 65e12),
+    ("MI300X", 1307e12),
+)
 
 
 def pick_device(name="auto"):
@@ -95,16 +106,22 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def data_sheet_peak(name):
+    """FLOP/s of the chip that torch gives this name, 0 where it is not known: "NVIDIA A100-SXM4-80GB"."""
+    for words, peak in PEAKS:
+        if re.search(rf"(?<!\w){words}(?!\w)", name):  # whole words: an A1000 is no A100
+            return peak or 0
+    return 0
+
+
 def peak_flops(device, dtype):
     """(FLOP/s that a step is compared with, where the number is from).
 
-    NVIDIA's dense peak where the chip is known, else a GEMM timed here.
+    The data sheet's dense peak where the chip is known, else a GEMM timed here.
     """
-    if device.type == "cuda" and dtype != torch.float32:
-        name = device_name(device)
-        for chip, peak in DENSE_16_BIT.items():
-            if chip in name:
-                return peak, f"{name} data sheet, 16 bit dense"
+    name = device_name(device)
+    if device.type == "cuda" and dtype != torch.float32 and data_sheet_peak(name):
+        return data_sheet_peak(name), f"{name} data sheet, 16 bit dense"
 
     largest = 2048 if device.type == "cpu" else 8192
     began = time.perf_counter()

@@ -48,9 +48,9 @@ def auto_contrast(x):
 def equalize(x):
     """Each channel of each image with its histogram made flat (ImageOps.equalize)."""
     index = x.flatten(2).long()  # (n, 3, H * W)
-    one = torch.ones((), dtype=torch.int32, device=x.device)
+    ones = torch.ones_like(index, dtype=torch.int32)  # an expanded 1 is less memory, but in doubt on mps
     counts = torch.zeros(*index.shape[:2], 256, dtype=torch.int32, device=x.device)
-    counts.scatter_add_(2, index, one.expand_as(index))
+    counts.scatter_add_(2, index, ones)
     brightest = counts.gather(2, index.amax(2, keepdim=True))  # do not count in the step
     step = (index.shape[2] - brightest) // 255
     darker = counts.cumsum(2) - counts  # pixels below each level
@@ -93,7 +93,7 @@ def luma(x):
     """Image.convert("L") of RGB: ITU-R 601-2 in 16 bits of fixed point. int32 (n, 1, H, W)."""
     red, green, blue = x.split(1, dim=1)
     grey = red.int().mul_(19595).add_(green, alpha=38470).add_(blue, alpha=7471)
-    return grey.add_(0x8000).bitwise_right_shift_(16)
+    return grey.add_(0x8000) >> 16
 
 
 def color(x, factor):
@@ -147,8 +147,8 @@ def affine(x, matrix):
 
     i = torch.arange(H, dtype=torch.int32, device=x.device)[:, None]
     j = torch.arange(W, dtype=torch.int32, device=x.device)
-    column = (a * j + (b * i + c)).bitwise_right_shift_(16).clamp_(0, W + 1)
-    row = (d * j + (e * i + f)).bitwise_right_shift_(16).clamp_(0, H + 1)
+    column = ((a * j + (b * i + c)) >> 16).clamp_(0, W + 1)
+    row = ((d * j + (e * i + f)) >> 16).clamp_(0, H + 1)
     index = row.mul_(W + 2).add_(column).long()
     index = index.view(-1, 1, H * W).expand(n, x.shape[1], H * W)
     return F.pad(x, (1, 1, 1, 1), value=GREY).flatten(2).gather(2, index).view_as(x)

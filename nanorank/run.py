@@ -8,12 +8,11 @@ One training run: its processes, its device and its folder. The same for every t
         run.save(step, model, optimizers, best_val_loss)
         run.log_train(step, loss, lr, grad_norm)
 
-Model, optimizer, forward, backward and step are the trainer's own.
+Model, optimizer, forward, backward and step are the trainer's own. How a run begins stands in run_setup.py;
+here is what it logs, saves and ends with.
 """
-import contextlib
 import math
 import os
-import re
 import sys
 import textwrap
 import time
@@ -22,39 +21,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import chosen, spelled
 from nanorank import distributed
-from nanorank.checkpoints import RUN_FILE
-from nanorank.console import StopSignal, print0, time_left
-from nanorank.device import (
-    compile_error,
-    device_name,
-    peak_flops,
-    pick_device,
-    pick_dtype,
-    slow_dtype,
-)
+from nanorank.console import print0, time_left
+from nanorank.device import device_name, peak_flops, synchronize
 from nanorank.errors import UserError
-from nanorank.files import load_pt, make_folder, save_json, save_pt
-from nanorank.hf_gpt2 import open_init
-from nanorank.optim import decay_rates
-from nanorank.restore import check_resumable, load_optimizers, saved_args
+from nanorank.files import save_json, save_pt
+from nanorank.restore import saved_args
 from nanorank.rng import hash64
-from nanorank.run_folder import RunLog, copy_source, lock_folder, remove_leftovers, unlock_folder
-from nanorank.run_settings import (
-    check_same_run,
-    check_settings,
-    lr_end_of_run,
-    overruled_by,
-    parse_steps,
-    split_batch,
-)
+from nanorank.run_folder import unlock_folder
+from nanorank.run_setup import RunSetup
+from nanorank.save_thread import SaveThread
 
 # float16's gradient scale starts at 65536 and halves with each skipped step: 30 in a row is hopeless
 LEAST_SCALE = 1e-4
 
 
-class Run:
+class Run(RunSetup):
     """Joins the processes, picks device and dtype, takes out_dir, reads the checkpoint to start from.
 
     rank, world_size, master_process, ddp    where this process stands
@@ -67,215 +49,18 @@ class Run:
     """
 
     def __init__(self, script, settings):
-        self.script = os.path.basename(script)
-        self.settings = settings
-        self.chosen = chosen(script, settings)
-        self.out_dir = settings["out_dir"]
-        self.ckpt_path = os.path.join(self.out_dir, "ckpt.pt")
-        self.signal = StopSignal()
-        distributed.training = False
-
-        self.join_processes()  # rank, world_size, ddp, master_process, device
-        check_settings(settings)
-        self.batch_size, self.grad_accum_steps = split_batch(settings, self.world_size)
-        self.dtype = pick_dtype(settings["dtype"], self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
-        slower = slow_dtype(self.device, self.dtype) if self.master_process else 0
-        if slower:
-            self.print(f"note: this CPU emulates {settings['dtype']}: a matrix product takes {slower:.0f} "
-                       "times as long as with --dtype=float32")
-
-        if not settings["eval_only"]:
-            self.take_folder()
-        self.resume = self.should_resume()
-        self.barrier()  # every process has looked before the first one writes
-        self.compile = self.should_compile()
-
-        self.ckpt = None
-        self.init_path = ""
-        if self.resume:
-            self.init_path, self.ckpt = self.ckpt_path, load_pt(self.ckpt_path)
-        elif settings["init_from"] not in ("scratch", "auto"):
-            self.init_path, self.ckpt = open_init(settings["init_from"])
-
-        # set by check_resume
-        self.fingerprint = ""    # of the training data
-        self.max_iters = 0
-        self.snapshot_steps = set()
-        self.lr_end = 0.0
-        self.overruled = {}      # {setting: what was asked}, where the model of --init_from=PATH is otherwise
-        # set by restore
-        self.weight_decay = {}   # of each group
-        self.decay_time = {}     # of each group: sum of lr * weight decay so far, in decay time constants
-        self.seconds = 0.0       # of training, over all resumes
-        self.log_file = None     # the master process has one
+        super().__init__(script, settings)
         # set by banner: a step sees per_step tokens (or images, the unit) and takes flops_per_step
         self.unit, self.per_step, self.flops_per_step, self.peak_flops = "", 0, 0, 0.0
         self.peak_beaten = False  # by a step
-        # since the last report: (step, loss, lr, grad norm), tensors still on the device; and its time
+        # since the last report: (step, loss, lr, grad norm), tensors still on the device
         self.pending = []
-        self.clock = 0.0
+        self.clock = 0.0           # when the first of them began
+        self.first_seconds = None  # of this process's first step, until a report has told it
         # the step of ckpt.pt, and the size of log.jsonl then
         self.saved_step, self.log_bytes = -1, 0
-
-    # ------------------------------------------------------------- processes
-
-    def join_processes(self):
-        self.device = pick_device(self.settings["device"])
-        self.rank, self.world_size = 0, 1
-        if "RANK" in os.environ:  # torchrun sets it
-            self.device = distributed.init_process_group(self.device)
-            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.ddp = self.world_size > 1
-        self.master_process = self.rank == 0
-
-    def should_compile(self):
-        """Whether to compile the model: as --compile says, auto on CUDA where torch.compile works.
-
-        Raises UserError where it was asked for and does not work.
-        """
-        auto = str(self.settings["compile"]).lower() == "auto"
-        wanted = self.device.type == "cuda" if auto else spelled(self.settings["compile"])
-        if not wanted:
-            return False
-        reason = compile_error(self.device)
-        if not distributed.all_sum(reason != "")[0]:  # the same on all processes
-            return True
-        reason = reason or "on another process"
-        if not auto:
-            raise UserError(f"--compile={self.settings['compile']}: torch.compile does not work here: "
-                            f"{reason}; --compile=False does without")
-        self.print(f"note: torch.compile does not work here, the model runs without: {reason}")
-        return False
-
-    def barrier(self):
-        if self.ddp:
-            dist.barrier()
-
-    def print(self, text):
-        print0(text)
-
-    def print_values(self, label, values):
-        """Prints `label loss 1.2345, acc 0.5000`."""
-        named = [f"{name.replace('_', ' ')} {x:.4f}" for name, x in values.items()]
-        print0(f"{label} " + ", ".join(named))
-
-    def autocast(self):
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
-    @property
-    def device_ids(self):
-        """For DistributedDataParallel."""
-        return [self.device.index] if self.device.type == "cuda" else None
-
-    # ---------------------------------------------------------------- folder
-
-    def take_folder(self):
-        """Keeps other runs out of out_dir. Raises UserError on every process where another run has it."""
-        refused = None
-        if self.master_process:
-            try:
-                lock_folder(self.out_dir)
-            except (UserError, OSError) as error:
-                refused = error
-        if distributed.all_sum(refused is not None)[0]:
-            raise refused or UserError(f"{self.out_dir} cannot be used")
-
-    def should_resume(self):
-        """Whether to resume from ckpt.pt. Raises UserError where the folder does not allow what is asked."""
-        init_from, eval_only = self.settings["init_from"], self.settings["eval_only"]
-        make_folder(self.out_dir)
-
-        has_ckpt = os.path.exists(self.ckpt_path)
-        resume = init_from == "resume"
-        if has_ckpt and (init_from == "auto" or (init_from == "scratch" and eval_only)):
-            resume = True
-        if eval_only and not resume and init_from in ("scratch", "auto"):
-            raise UserError(f"--eval_only has nothing to evaluate: {self.ckpt_path} is not there, "
-                            "--init_from=PATH names another checkpoint")
-
-        # an empty log is of a run that was killed before its first save: nothing is lost
-        log = os.path.join(self.out_dir, "log.jsonl")
-        begun = os.path.exists(log) and os.path.getsize(log) > 0
-        for name in os.listdir(self.out_dir):
-            begun = begun or bool(re.fullmatch(RUN_FILE + r"|result\.json", name))
-        if begun and not (resume or eval_only or self.settings["overwrite"]):
-            raise UserError(f"{self.out_dir} holds a run: --init_from=resume continues it, "
-                            "--overwrite starts over, --out_dir goes elsewhere")
-        return resume
-
-    def check_resume(self, fingerprint, max_iters):
-        """Refuses to resume where settings, data or schedule are those of another run.
-
-        fingerprint: of the training data, a string.
-        """
-        self.fingerprint = fingerprint
-        self.max_iters = max_iters
-        self.snapshot_steps = parse_steps(self.settings["snapshot_steps"], max_iters)
-        # nodes that do not share out_dir or data_dir each find their own: without this they would train apart
-        at = self.ckpt.get("iter_num", 0) if self.resume else "none"
-        distributed.check_alike(f"step {at} of ckpt.pt, data {fingerprint}", "what they resume or read")
-        resume = self.resume and not self.settings["eval_only"]
-        if resume:
-            check_resumable(self.ckpt, self.ckpt_path, self.script)
-            self.overruled = self.ckpt.get("overruled", {})
-        self.lr_end = lr_end_of_run(self.settings, self.chosen, self.ckpt["config"] if resume else {})
-        self.settings["min_lr"] = self.lr_end
-        if resume:
-            changes = check_same_run(self.ckpt, self.ckpt_path, self.settings, fingerprint, max_iters)
-            if changes:
-                self.print(f"resumed with other settings: {'; '.join(changes)}")
-
-    def take_shape(self, args, sizes=None):
-        """Notes in the settings what the checkpoint's model has otherwise. args: the model's.
-
-        sizes: a ViT variant's. Raises UserError where somebody has asked for another model.
-        """
-        if not self.ckpt:
-            return
-        resume = self.resume and not self.settings["eval_only"]  # its settings are checked by now
-        chosen = () if resume else self.chosen
-        overruled = overruled_by(args, self.init_path, self.settings, chosen, sizes or {})
-        for name, value in overruled.items():
-            asked = self.settings[name]
-            auto = type(asked) is int and asked == 0
-            if resume and auto and name not in self.overruled:
-                continue
-            self.overruled.setdefault(name, asked)
-            self.settings[name] = value
-        if overruled and not resume:
-            shape = ", ".join(f"{name}={value}" for name, value in overruled.items())
-            self.print(f"the model is that of {self.init_path}: {shape}")
-
-    def restore(self, optimizers):
-        """Takes up optimizers, log and counts of the run. Returns (first step, best validation loss)."""
-        groups = [group for opt in optimizers for group in opt.param_groups]
-        self.weight_decay = decay_rates(groups)
-        self.decay_time = {name: 0.0 for name in self.weight_decay}  # sum of lr * weight decay so far
-        start, best_val_loss, log_bytes, wandb_id = 0, math.inf, 0, ""
-        if self.resume:
-            ckpt = self.ckpt
-            load_optimizers(optimizers, ckpt["optimizer"], self.ckpt_path)
-            if self.scaler.is_enabled() and ckpt["scaler"]:
-                self.scaler.load_state_dict(ckpt["scaler"])
-            start, best_val_loss = ckpt["iter_num"], ckpt["best_val_loss"]
-            self.seconds, self.decay_time = ckpt["seconds"], dict(ckpt["decay"])
-            if self.decay_time.keys() != self.weight_decay.keys():
-                old, new = ", ".join(self.decay_time), ", ".join(self.weight_decay)
-                raise UserError(f"{self.ckpt_path} is damaged, its decay is of groups {old}, not {new}: "
-                                f"--init_from={self.ckpt_path} starts a new run")
-            log_bytes, wandb_id = ckpt["log_bytes"], ckpt["wandb_id"]
-        self.ckpt = None  # frees its memory
-
-        if self.master_process:
-            source = copy_source(self.out_dir)
-            self.log_file = RunLog(self.out_dir, log_bytes, self.settings, wandb_id, source)
-            remove_leftovers(self.out_dir, self.resume)
-        return start, best_val_loss
+        self.save_thread = SaveThread() if settings["save_in_thread"] else None
+        self.asked = None  # for a signal on any process: (work, tensor) of a sum that is under way
 
     # ----------------------------------------------------------- what is said
 
@@ -324,6 +109,10 @@ class Run:
         for name, wd in self.weight_decay.items():
             self.decay_time[name] += lr * wd
         self.pending.append((step, loss, lr, grad_norm))
+        if self.first_seconds is None:  # it has compiled, and started libraries: it tells no speed
+            synchronize(self.device)
+            self.first_seconds = time.perf_counter() - self.clock
+            self.clock += self.first_seconds
         if (step + 1) % self.settings["log_interval"] == 0:
             self.report()
 
@@ -331,10 +120,16 @@ class Run:
         """Prints and logs the steps since the last report."""
         losses, grad_norms = self.read_steps()
         elapsed = time.perf_counter() - self.clock
-        self.seconds += elapsed
         step, _, lr, _ = self.pending[-1]
         loss, grad_norm = losses[-1], grad_norms[-1]
-        steps_per_s = len(self.pending) / elapsed
+        n_timed = len(self.pending)
+        if self.first_seconds and n_timed > 1:
+            n_timed -= 1
+        else:
+            elapsed += self.first_seconds
+        self.first_seconds = 0.0
+        steps_per_s = n_timed / elapsed
+        self.seconds += len(self.pending) / steps_per_s
         speed = steps_per_s * self.per_step
         flops = steps_per_s * self.flops_per_step / self.world_size
         if flops > self.peak_flops:  # which was measured while others used the machine
@@ -391,11 +186,25 @@ class Run:
     # ---------------------------------------------------------------- a step
 
     def signalled(self):
-        """The signal that any process got, 0 for none, the same answer on all of them."""
+        """The signal that any process got, 0 for none, the same answer on all of them.
+
+        Several processes ask each other at every call and read the answer at the next one, so that none
+        waits: they stop a step later than one process does.
+        """
         if not self.ddp:
             return self.signal.signal
+        answer = self.read_asked()
         signum = torch.tensor(self.signal.signal)
-        dist.all_reduce(signum, op=dist.ReduceOp.MAX)  # on the CPU, through gloo: the GPU does not wait
+        work = dist.all_reduce(signum, op=dist.ReduceOp.MAX, async_op=True)  # on the CPU, through gloo
+        self.asked = work, signum
+        return answer
+
+    def read_asked(self):
+        if not self.asked:
+            return 0
+        work, signum = self.asked
+        self.asked = None
+        work.wait()
         return int(signum)
 
     def begin_step(self, step):
@@ -407,6 +216,7 @@ class Run:
 
     def stop(self, signum, where):
         """Ends a run that a signal stops, after it was saved."""
+        self.wait_for_saves()
         self.print(f"stopped by signal {signum} {where}: go on with --init_from=resume")
         self.close()
         raise SystemExit(128 + signum)
@@ -439,17 +249,28 @@ class Run:
         }
         if self.overruled:
             ckpt["overruled"] = self.overruled
-        save_pt(self.ckpt_path, ckpt)
+        self.write(self.ckpt_path, ckpt)
 
     def save_weights(self, step, model):
         """Writes a snapshot of the weights alone, step_0001000.pt."""
         if self.master_process:
-            save_pt(os.path.join(self.out_dir, f"step_{step:07d}.pt"), {
+            self.write(os.path.join(self.out_dir, f"step_{step:07d}.pt"), {
                 "model": model.state_dict(),
                 "model_args": saved_args(model.args),
                 "iter_num": step,
                 "config": self.settings,
             })
+
+    def write(self, path, ckpt):
+        if self.save_thread:
+            self.save_thread.save(path, ckpt)
+        else:
+            save_pt(path, ckpt)
+
+    def wait_for_saves(self):
+        """Until what save and save_weights have begun is on disk. Raises OSError where it could not be."""
+        if self.save_thread:
+            self.save_thread.wait()
 
     # -------------------------------------------------------------- evaluate
 
@@ -494,6 +315,7 @@ class Run:
 
     def finish(self, result):
         """Ends the run: writes result.json."""
+        self.wait_for_saves()
         attention = self.decay_time.get("attn", 0.0)
         time_constants = {"decay_time_constants": attention}
         for name in {"mlp": 0.0, "embed": 0.0, **self.decay_time}:  # groups of a fork's own, too
@@ -513,6 +335,8 @@ class Run:
             "autocast": str(self.dtype).removeprefix("torch."),
             "torch": torch.__version__,
         }
+        if self.device.type == "cuda":
+            result["gpu_gib"] = torch.cuda.max_memory_reserved(self.device) / 2**30
         test = {name: x for name, x in result.items() if name.startswith("test_")}
         if test:  # there may be no test split
             self.log(self.max_iters, **test)
@@ -523,6 +347,8 @@ class Run:
         self.close()
 
     def close(self):
+        self.wait_for_saves()
+        self.read_asked()
         if self.log_file:
             self.log_file.close()
         if self.master_process:

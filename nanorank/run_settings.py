@@ -18,7 +18,8 @@ SAME_ON_RESUME = (
 )
 FREE_ON_RESUME = (
     "out_dir", "init_from", "overwrite", "eval_only", "device", "dtype", "compile", "data_dir", "batch_size",
-    "log_interval", "eval_interval", "eval_iters", "rank_interval", "snapshot_steps",
+    "bf16_residual", "log_interval", "eval_interval", "eval_iters", "rank_interval", "snapshot_steps",
+    "save_in_thread",
     "wandb_log", "wandb_project", "wandb_run_name",
 )
 # settings that older runs do not know, as they had them

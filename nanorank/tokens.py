@@ -16,10 +16,8 @@ whatever the corpus, and neither resuming nor another number of processes needs 
 import json
 import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import torch
 
 from nanorank.errors import UserError
 from nanorank.rng import shuffled
@@ -241,31 +239,3 @@ def crc32(path, chunk=1 << 24):
         while block := file.read(chunk):
             value = zlib.crc32(block, value)
     return f"{value:08x}"
-
-
-def prefetch(read, keys, device):
-    """Yields read(key), a tuple of numpy arrays, as tensors on `device` for each key.
-
-    On CUDA a thread reads, pins and copies one ahead.
-    """
-    if device.type != "cuda":
-        for key in keys:
-            yield tuple(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in read(key))
-        return
-
-    def load(key):
-        pinned = [torch.from_numpy(np.ascontiguousarray(array)).pin_memory() for array in read(key)]
-        return tuple(x.to(device, non_blocking=True) for x in pinned)
-
-    def use_device():  # a thread's GPU is the first one until it says so
-        if device.index is not None:
-            torch.cuda.set_device(device)
-
-    with ThreadPoolExecutor(1, initializer=use_device) as thread:
-        ahead = None
-        for key in keys:
-            ready, ahead = ahead, thread.submit(load, key)
-            if ready:
-                yield ready.result()
-        if ahead:
-            yield ahead.result()

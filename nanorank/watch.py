@@ -6,11 +6,15 @@ Rank and norms of a model while it trains.
         ...
         log.update(rank(step))    # {"attn_rank95_qk": ..., ...} at steps 0, 1000, ..., else {}
 """
+import contextlib
 import math
 
+import torch
+
+from nanorank.errors import UserError
 from nanorank.families import attention_layers
 from nanorank.live import LiveModel
-from nanorank.spectra import summary
+from nanorank.spectra import metrics, ov_factors, qk_factors, rank_name, summary
 
 
 class RankLogger:
@@ -44,7 +48,36 @@ def attention_ranks(model):
     The threshold rank is also given by layer, {"layer0_rank95_qk": ...}. model: a GPT or ViT of model.py.
     """
     configs = {"model_args": model.args}
-    return summary(attention_layers(model.state_dict(), model.args["n_head"], configs))
+    layers = list(attention_layers(model.state_dict(), model.args["n_head"], configs))
+    shapes = {tuple(W.shape for W in matrices(layer)) for layer in layers}
+    plain = not any(getattr(layer, "rope", None) or getattr(layer, "n_kv_head", 0) for layer in layers)
+    if len(shapes) == 1 and plain:
+        with contextlib.suppress(UserError):  # summary names the layer that is not finite
+            return summary_at_once(layers)
+    return summary(layers)
+
+
+def matrices(layer):
+    return layer.W_Q, layer.W_K, layer.W_V, layer.P
+
+
+def summary_at_once(layers, threshold=0.95):
+    """summary(layers) to the digit, for layers of one shape: two calls, where a GPU would wait for 24."""
+    W_Q, W_K, W_V, P = [torch.stack(all_layers) for all_layers in zip(*map(matrices, layers))]  # (L, H, r, d)
+    tables = {"qk": metrics(*qk_factors(W_Q, W_K), threshold), "ov": metrics(*ov_factors(W_V, P), threshold)}
+    result = {}
+    for product, table in tables.items():
+        for name, by_layer in table.items():  # a list of heads for each layer
+            result[f"attn_{name}_{product}"] = mean(sum(by_layer, []))
+    rank = rank_name(threshold)
+    for i, layer in enumerate(layers):
+        for product, table in tables.items():
+            result[f"layer{layer.layer}_{rank}_{product}"] = mean(table[rank][i])
+    return result
+
+
+def mean(values):
+    return sum(values) / len(values)
 
 
 def group_norms(groups):

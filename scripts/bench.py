@@ -4,6 +4,7 @@ How close each hot path is to its floor, in one interleaved run: medians, ratios
     python -m scripts.bench                             # all; or some of the names below
     python -m scripts.bench step --peer=../nanoGPT      # beside the step of a checkout of nanoGPT
     python -m scripts.bench step --device=cuda          # GPT-2 small; on a CPU the demo's model
+    python -m scripts.bench smoke                       # does everything work here? ten minutes on a GPU
 
     step         an optimizer step of the GPT: a large GEMM's rate; nanoGPT's step; measuring rank
     vit          a step of ViT-S/16, and reading and augmenting its images; timm's step if installed
@@ -31,7 +32,7 @@ import train_lm
 import train_vit
 from configurator import configure
 from model import GPT, ViT, decay_groups, init_weights, make_optimizers, vit_size
-from nanorank.device import peak_flops, pick_device, pick_dtype
+from nanorank.device import device_name, peak_flops, pick_device, pick_dtype
 from nanorank.errors import UserError, user_errors
 from nanorank.families import attention_layers
 from nanorank.files import make_folder, save_json
@@ -40,6 +41,7 @@ from nanorank.images import ImageSplit
 from nanorank.loss import head_loss
 from nanorank.spectra import summary
 from scripts import bench_paths
+from scripts.bench_smoke import smoke_test
 from scripts.timing import Setup, in_a_process, interleaved, row
 
 repeats = 7             # of each contestant, interleaved; medians are printed
@@ -176,15 +178,11 @@ def bench_vit(setup):
         train_vit.total_batch_size = B
         run = SimpleNamespace(batch_size=B, grad_accum_steps=1, rank=0, world_size=1, device=setup.device)
         stream = train_vit.train_batches(split, run, 0, n_steps=10_000)
-        batch = next(stream)
-        steps = itertools.count()
-
-        def augment():
-            return train_vit.augment(*batch, train_vit.sample_numbers(next(steps), 0, run), split.meta)
-
-        contestants["load"] = lambda: next(stream)
+        numbers = (train_vit.sample_numbers(step, 0, run) for step in itertools.count())
+        contestants["load"] = lambda: train_vit.read_crops(split, next(numbers), run)
         contestants["memcpy"] = lambda: split.pixels[:B * 3 * 256 * 341].copy()  # B whole images
-        contestants["augment"] = augment
+        # eight in a row: on a GPU a thread has one ready
+        contestants["feed"] = lambda: [next(stream) for _ in range(8)]
         times = interleaved(contestants, setup)
 
     seconds = times["step"]
@@ -197,8 +195,8 @@ def bench_vit(setup):
                   times_its_images_per_s=times["timm"] / seconds)
     yield row("vit", "reading crops of stored images, per batch", times["load"], "memcpy of the whole images",
               times["memcpy"], images_per_s=B / times["load"])
-    feed = times["load"] + times["augment"]
-    yield row("vit", "reading and augmenting, one after the other", feed, "the step that it feeds", seconds,
+    feed = times["feed"] / 8
+    yield row("vit", "reading and augmenting", feed, "the step that it feeds", seconds,
               images_per_s=B / feed, times_the_steps_rate=seconds / feed)
 
 
@@ -231,8 +229,8 @@ BENCHES = {
 
 def main(names):
     for name in names:
-        if name not in BENCHES and name != "all":
-            raise UserError(f"no benchmark {name}: there are {', '.join(BENCHES)}, all")
+        if name not in BENCHES and name != "all" and names != ["smoke"]:
+            raise UserError(f"no benchmark {name}: there are {', '.join(BENCHES)}, all, and alone smoke")
     if not names or "all" in names:
         names = list(BENCHES)
     if repeats < 1:
@@ -241,10 +239,13 @@ def main(names):
         raise UserError(f"--peer={peer} holds no model.py: expects a checkout of karpathy/nanoGPT")
     picked = pick_device(device)
     setup = Setup(picked, pick_dtype("auto", picked), repeats)
-    chip = torch.cuda.get_device_name(picked) if picked.type == "cuda" else str(picked)
-    about = {"device": chip, "torch": torch.__version__, "threads": torch.get_num_threads(),
+    if picked.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as the trainers do
+    about = {"device": device_name(picked), "torch": torch.__version__, "threads": torch.get_num_threads(),
              "repeats": repeats, "command": " ".join(sys.argv)}
     print(about, flush=True)
+    if names == ["smoke"]:
+        raise SystemExit(0 if smoke_test(setup, {"step": bench_step, "vit": bench_vit}, out_dir) else 1)
 
     rows = []
     for name in names:

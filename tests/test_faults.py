@@ -30,6 +30,7 @@ from conftest import (
 from conftest import command as run
 
 import nanorank.run
+import nanorank.run_setup
 import train_lm
 import train_vit
 from nanorank.distributed import exit_codes
@@ -257,7 +258,7 @@ def assert_good_checkpoint(path):
 def test_float16_that_overflows_at_any_scale_stops(train, tmp_path, capsys, monkeypatch):
     """The loss stays finite, every step is skipped, the scale halves. Scaler and autocast are real."""
     forward = train_lm.GPT.forward
-    monkeypatch.setattr(nanorank.run, "pick_dtype", lambda *_: torch.float16)
+    monkeypatch.setattr(nanorank.run_setup, "pick_dtype", lambda *_: torch.float16)
     # a large GEMM takes a CPU minutes in float16
     monkeypatch.setattr(nanorank.run, "peak_flops", lambda *_: (1e12, "not measured"))
     train(tmp_path / "sound")

@@ -29,7 +29,7 @@ from conftest import (
 import model
 import nanorank.run
 import train_lm
-from nanorank import device, distributed, run_settings
+from nanorank import device, distributed, run_settings, run_setup
 from nanorank.run import Run
 from nanorank.run_folder import lock_folder
 
@@ -143,14 +143,15 @@ with exit_codes("train_lm.py"):
 """
 
 
-def test_nodes_that_would_train_apart_are_refused(train, tmp_path, data_dir):
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_nodes_that_would_train_apart_are_refused(train, tmp_path, data_dir, processes):
     """One process finds a checkpoint, the other none: without the check each would train its own model."""
     script = tmp_path / "apart.py"
     script.write_text(APART.format(repo=str(REPO)))
     train(tmp_path / "run0", total_batch_size=4, batch_size=2, max_iters=4)
     args = flags(**{**TINY, "data_dir": data_dir, "out_dir": tmp_path / "run", "init_from": "auto",
                     "batch_size": 2, "max_iters": 4})
-    run = command(*torchrun(2), script, *args)
+    run = command(*torchrun(processes), script, *args)
     lines = [line for line in run.stderr.splitlines() if line.startswith("train_lm.py:")]
     assert run.returncode == 1 and "processes differ in what they resume or read" in lines[0], run.stderr
 
@@ -260,8 +261,8 @@ def test_without_a_compiler_compile_is_one_line(tmp_path, data_dir, monkeypatch)
 
 def test_auto_does_without_a_compiler_and_says_so(monkeypatch, capsys):
     run = SimpleNamespace(settings={"compile": "auto"}, device=torch.device("cuda"), print=print)
-    monkeypatch.setattr(nanorank.run, "compile_error", lambda _: "no compiler")
+    monkeypatch.setattr(run_setup, "compile_error", lambda _: "no compiler")
     assert Run.should_compile(run) is False
     assert "the model runs without: no compiler" in capsys.readouterr().out
-    monkeypatch.setattr(nanorank.run, "compile_error", lambda _: "")
+    monkeypatch.setattr(run_setup, "compile_error", lambda _: "")
     assert Run.should_compile(run) is True

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import write_data
 
+from nanorank.prefetch import prefetch
 from nanorank.rng import permute, shuffled
-from nanorank.tokens import TokenSplit, crc32, prefetch
+from nanorank.tokens import TokenSplit, crc32
 
 SIZES = (100, 7, 33, 1)  # tokens in the files of the folder
 

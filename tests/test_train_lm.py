@@ -32,7 +32,7 @@ from conftest import (
 
 import train_lm
 from model import load_gpt
-from nanorank.run import parse_steps
+from nanorank.run_settings import parse_steps
 from nanorank.tokens import TokenSplit
 
 

@@ -418,10 +418,10 @@ def test_the_first_loss_is_that_of_the_augmented_batch(train, tmp_path):
 def test_an_epoch_shows_every_image_once(train, tmp_path, monkeypatch):
     shown, read = [], ImageSplit.read
 
-    def noted(self, index, boxes):
+    def noted(self, index, boxes, pin=False):
         if self.n_images == 100:
             shown.extend(index.tolist())
-        return read(self, index, boxes)
+        return read(self, index, boxes, pin)
 
     monkeypatch.setattr(ImageSplit, "read", noted)
     result = train(tmp_path, max_iters=0, epochs=2.0, mixup=0.0)

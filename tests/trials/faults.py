@@ -55,6 +55,7 @@ from nanorank.errors import UserError, user_errors
 # -----------------------------------------------------------------------------
 kills = 100                     # kills of each program; a fifth of it in saves, signals, torchrun and disk
 seed = 0                        # of the moments
+save_in_thread = False          # the trainers write their checkpoints in a thread
 out_dir = "results/trust"       # where faults.csv goes
 # -----------------------------------------------------------------------------
 
@@ -71,6 +72,8 @@ class Trial:
 
     def __init__(self, name, program, work, n_faults, hit):
         counts = ("faults", "survived", "runs", "restarts", "before_first_save", "in_a_save", "command_line")
+        if save_in_thread:
+            name += ", saving in a thread"
         self.row = {"trial": name, "seed": seed, **dict.fromkeys(counts, 0)}
         self.row.update(seconds_undisturbed=0.0, seconds=0.0, failures=0)
         self.program, self.work, self.n_faults, self.hit = program, work, n_faults, hit
@@ -290,7 +293,7 @@ def main(names):
     rows = []
     with tempfile.TemporaryDirectory(prefix="faults") as work:
         work = pathlib.Path(work)
-        known = programs(work)
+        known = programs(work, save_in_thread)
         for name in ("prepare_pile", "prepare_imagenet"):  # the trainers read their data
             undisturbed(known[name], work, False)
         for name in names:

@@ -44,8 +44,9 @@ class Program(NamedTuple):
         return [*self.command, f"--{self.place}={folder}"]
 
 
-def programs(work):
+def programs(work, save_in_thread=False):
     """{name: Program}. Their inputs are made in the folder `work`: some text, some pictures."""
+    training = {**TRAINING, "save_in_thread": save_in_thread}
     rng = np.random.default_rng(0)
     write_text(work / "text", rng)
     write_pictures(work / "pictures", rng)
@@ -56,8 +57,8 @@ def programs(work):
             "val_fraction": 0.003, "test_fraction": 0.003}
     imagenet = {**prepare, "source": work / "pictures", "short_side": 24,
                 "val_fraction": 0.02, "test_fraction": 0.03}
-    lm = {**TRAINING, "dataset": "made", "data_dir": work / "prepare_pile", "block_size": 32}
-    vit = {**TRAINING, "dataset": "made", "data_dir": work / "prepare_imagenet",
+    lm = {**training, "dataset": "made", "data_dir": work / "prepare_pile", "block_size": 32}
+    vit = {**training, "dataset": "made", "data_dir": work / "prepare_imagenet",
            "image_size": 16, "patch_size": 4}
     fixed = {name: x for name, x in lm.items() if name != "init_from"}
     sweep = {"configs": "config/demo.py", "fixed": " ".join(flags({**fixed, "max_iters": 10})),
