@@ -73,9 +73,9 @@ def exact_way(A, B, buffer=None):
 
     A = Q_A R_A and B = Q_B R_B, so A B^T = Q_A (R_A R_B^T) Q_B^T: those of an r x r matrix.
     """
-    R_A = np.linalg.qr(as_float64(A), mode="r")
-    R_B = np.linalg.qr(as_float64(B), mode="r")
-    return np.linalg.svd(R_A @ R_B.T, compute_uv=False)
+    R_A = torch.linalg.qr(torch.from_numpy(as_float64(A)), mode="r").R
+    R_B = torch.linalg.qr(torch.from_numpy(as_float64(B)), mode="r").R
+    return torch.linalg.svdvals(R_A @ R_B.mT).numpy()
 
 
 def ratio(x, y):
@@ -240,7 +240,8 @@ def check_finite(AA, BB, leading):
 def by_gram(A, B):
     """Eigenvalues s^2 (n, r), ascending, and A^T A, B^T B (n, r, r) for A (n, d, r), B (n, d', r).
 
-    The eigenvalues are NaN where A^T A has no Cholesky factor: zero, or too close to singular.
+    The eigenvalues are NaN where A^T A has no Cholesky factor: zero, or too close to singular; and where
+    LAPACK does not find them.
     """
     if A.device.type != "cpu":
         return all_at_once(A, B)
@@ -254,8 +255,9 @@ def gram_way(A, B, buffer):
     AA, BB = gram(A, buffer), gram(B, buffer)
     try:
         L = np.linalg.cholesky(AA + 8 * EPS * np.linalg.norm(AA) * np.eye(len(AA)))
-        return np.linalg.eigvalsh(L.T @ BB @ L), AA, BB
-    except np.linalg.LinAlgError:
+        squares = torch.linalg.eigvalsh(torch.from_numpy(L.T @ BB @ L))  # numpy's holds the other threads up
+        return squares.numpy(), AA, BB
+    except (np.linalg.LinAlgError, torch.linalg.LinAlgError):
         return np.full(len(AA), np.nan), AA, BB
 
 
@@ -275,9 +277,12 @@ def all_at_once(A, B):
     AA, BB = A.mT @ A, B.mT @ B
     jitter = (8 * EPS * matrix_norm(AA))[:, None].expand(AA.shape[:2])
     L, failed = torch.linalg.cholesky_ex(AA + jitter.diag_embed())
-    ok = failed == 0
-    M = (L.mT @ BB @ L).where(ok[:, None, None], 0.0).nan_to_num()
-    squares = torch.linalg.eigvalsh(M)
+    M = L.mT @ BB @ L
+    ok = (failed == 0) & M.isfinite().all(-1).all(-1)
+    try:
+        squares = torch.linalg.eigvalsh(M.where(ok[:, None, None], 0.0))
+    except torch.linalg.LinAlgError:  # says of no head whether it converged
+        return torch.full_like(M[..., 0], torch.nan), AA, BB
     return squares.where(ok[:, None], torch.nan), AA, BB
 
 

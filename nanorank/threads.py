@@ -1,6 +1,7 @@
 """
 Float64 arithmetic on a CPU, head by head, on all cores. For spectra.py.
 """
+import contextlib
 import functools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +17,7 @@ BUFFER = 1 << 19  # float64 numbers that a thread converts at a time: 4 MB, a fa
 def over_heads(way, A, B, heads):
     """[way(A[i], B[i], buffer) for i in heads], on numpy views of CPU tensors A, B (n, d, r).
 
-    Runs on as many threads as torch has and this process may use, each with a single-threaded BLAS.
+    Runs on as many threads as torch has and this process may use. In each, numpy and torch have one thread.
     """
     A, B = as_numpy(A), as_numpy(B)
     threads = min(n_cores(), torch.get_num_threads(), len(heads))
@@ -25,16 +26,28 @@ def over_heads(way, A, B, heads):
     todo = iter(heads)
 
     def work(_):
+        torch.set_num_threads(1)   # it counts for the thread that calls it
         buffer = np.empty(BUFFER)  # reused: fresh memory for each block costs more than the arithmetic
         with np.errstate(all="ignore"):  # check_finite finds what is not finite
             return [(i, way(A[i], B[i], buffer)) for i in todo]  # the next head that no thread has taken
 
-    if threads == 1:
-        parts = work(0)
-    else:
-        with blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-            parts = sorted(sum(pool.map(work, range(threads)), []), key=lambda part: part[0])
+    with threads_of_torch_kept():
+        if threads == 1:
+            parts = work(0)
+        else:
+            with blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+                parts = sorted(sum(pool.map(work, range(threads)), []), key=lambda part: part[0])
     return [result for _, result in parts]
+
+
+@contextlib.contextmanager
+def threads_of_torch_kept():
+    """Leaves torch with the threads it had: the number set last counts for every thread new to torch."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def as_numpy(X):

@@ -23,11 +23,20 @@ def interleaved(contestants, setup):
 
     They run in turn after a warm-up, so that a slow minute of the machine hits all of them.
     """
+    return medians(rounds(contestants, setup))
+
+
+def rounds(contestants, setup):
+    """As interleaved, but the seconds of each repeat: {name: list}."""
     times = {name: [] for name in contestants}
     for _ in range(setup.repeats + 1):
         for name, function in contestants.items():
             times[name].append(seconds_of(function, setup))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+    return {name: values[1:] for name, values in times.items()}
+
+
+def medians(times):
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def seconds_of(function, setup):

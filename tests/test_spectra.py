@@ -1,5 +1,6 @@
 """Singular values and metrics against float64 SVDs of the whole product and against their definitions."""
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -227,9 +228,34 @@ def test_gpus_way_on_a_cpu(monkeypatch):
         measure(A, B)
 
 
-def test_threads_are_left_as_they_were(monkeypatch):
-    """Heads on two threads: the same numbers; then numpy's BLAS has its threads back, after errors too."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+@pytest.mark.parametrize("way", [spectra.by_gram, spectra.all_at_once], ids=["cpu", "gpu"])
+def test_heads_without_eigenvalues_go_the_exact_way(monkeypatch, way):
+    """Where L^T (B^T B) L overflows, and where the eigenvalues do not converge."""
+    monkeypatch.setattr(spectra, "by_gram", way)
+    A, B = gaussian(2, 3, d, r)
+    want = singular_values(A, B, exact=True)
+    A[1] *= 1e80
+    B[1] *= 1e80
+    s = singular_values(A, B)
+    assert torch.allclose(s[1] / 1e160, want[1]) and torch.allclose(s[::2], want[::2])
+
+    def no(M):
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", no)
+    assert torch.allclose(singular_values(A, B)[::2], want[::2])
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_are_left_as_they_were(two_threads):
+    """Heads on two threads: the same numbers; then numpy and torch have theirs back, after errors too."""
     before = [pool["num_threads"] for pool in threads.blas().info()]
     A, B = torch.randn(2, 16, 1024, 32)
     want = [measure(A[i:i + 1], B[i:i + 1])[0] for i in range(16)]
@@ -238,6 +264,9 @@ def test_threads_are_left_as_they_were(monkeypatch):
     with pytest.raises(ValueError, match=r"\[5\]"):
         measure(A, B)
     assert [pool["num_threads"] for pool in threads.blas().info()] == before
+    assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as pool:  # a thread that is new to torch
+        assert pool.submit(torch.get_num_threads).result() == 2
 
 
 @pytest.mark.parametrize("d_A, d_B, r", [(96, 96, 32), (200, 64, 16), (8, 12, 16)])
