@@ -27,7 +27,7 @@ class RankLogger:
     call rank(step), and all get the numbers; under DDP one is enough.
     every: steps between measurements; 0: never. threshold: 0.95 gives rank95.
     options: n_head, d_head, n_kv_head where the model does not count its heads; pattern and layout for names
-    that families.SCHEMES lacks.
+    that families.SCHEMES lacks; rope (half, interleaved, none) where it does not say whether q and k turn.
     Raises UserError where no attention is found, or nothing tells the number of heads.
     """
 
