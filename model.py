@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from nanorank.errors import UserError
 from nanorank.loss import head_loss
-from nanorank.optim import DecoupledSGD, Muon
+from nanorank.optim import DecoupledSGD, Muon, own_decay
 from nanorank.restore import check_model_args, restore_model
 
 # ------------------------------------------------------------------ transformer
@@ -24,25 +24,50 @@ from nanorank.restore import check_model_args, restore_model
 class Attention(nn.Module):
     """Multi-head self-attention: (B, T, n_embd) -> (B, T, n_embd).
 
-    Head h of width r = n_embd / n_head owns rows h*r:(h+1)*r of each third of
-    c_attn.weight (W_Q, W_K, W_V) and columns h*r:(h+1)*r of c_proj.weight (P).
+    Head h of width r = n_embd / n_head owns rows h*r:(h+1)*r of W_Q, W_K and W_V, which
+    c_attn.weight stacks, and columns h*r:(h+1)*r of c_proj.weight (P).
+    rope: see rotate. n_kv_head: heads of W_K and W_V, each for n_head / n_kv_head heads
+    of W_Q in a row; 0: n_head. qk_norm: RMS norm of q and k in each head, as in Qwen 3.
     """
 
-    def __init__(self, n_embd, n_head, bias, dropout, causal):
+    def __init__(self, n_embd, n_head, bias, dropout, causal, rope=False, n_kv_head=0, qk_norm=False):
         super().__init__()
         self.n_head, self.dropout, self.causal = n_head, dropout, causal
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
+        self.rope, self.qk_norm, self.r = rope, qk_norm, n_embd // n_head
+        kv_rows = (n_kv_head or n_head) * self.r
+        self.rows = [n_embd, kv_rows, kv_rows]  # of W_Q, W_K, W_V
+        self.c_attn = nn.Linear(n_embd, sum(self.rows), bias=bias)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
+        if qk_norm:
+            self.q_norm, self.k_norm = nn.RMSNorm(self.r, 1e-6), nn.RMSNorm(self.r, 1e-6)
         self.resid_dropout = nn.Dropout(dropout)
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q, k, v = [z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (q, k, v)]  # (B, H, T, r)
+        q, k, v = self.c_attn(x).split(self.rows, dim=2)
+        q, k, v = [z.view(B, T, -1, self.r).transpose(1, 2) for z in (q, k, v)]  # (B, heads, T, r)
+        if self.qk_norm:  # in float32 under autocast
+            q = self.q_norm(q.type_as(self.q_norm.weight))
+            k = self.k_norm(k.type_as(self.k_norm.weight))
+        if self.rope:
+            q, k = rotate(q), rotate(k)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, is_causal=self.causal,
+                                           dropout_p=dropout, enable_gqa=q.shape[1] > k.shape[1])
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
+
+def rotate(x):
+    """Rotary positions (Su et al. 2021), as Hugging Face's Llama: x (B, H, T, r) -> (B, H, T, r).
+
+    At position t entries j and j + r/2 turn together, by an angle of t * 10000^(-2j/r).
+    """
+    T, r = x.shape[-2:]
+    frequency = 10_000.0 ** (-torch.arange(0, r, 2, device=x.device) / r)
+    angle = torch.arange(T, device=x.device)[:, None] * frequency  # (T, r/2)
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 class MLP(nn.Module):
     """(B, T, n_embd) -> (B, T, n_embd), four times as wide inside."""
@@ -64,11 +89,12 @@ class Block(nn.Module):
     that skip a branch in training (stochastic depth, Huang et al. 2016).
     """
 
-    def __init__(self, n_embd, n_head, bias, dropout, causal, mlp=True, drop_path=0.0, post_norm=False):
+    def __init__(self, n_embd, n_head, bias, dropout, causal, mlp=True, drop_path=0.0, post_norm=False,
+                 **attention):
         super().__init__()
         self.drop_path, self.post_norm = drop_path, post_norm
         self.ln_1 = nn.LayerNorm(n_embd, bias=bias)
-        self.attn = Attention(n_embd, n_head, bias, dropout, causal)
+        self.attn = Attention(n_embd, n_head, bias, dropout, causal, **attention)
         if mlp:
             self.ln_2 = nn.LayerNorm(n_embd, bias=bias)
         self.mlp = MLP(n_embd, bias, dropout) if mlp else None
@@ -93,20 +119,20 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A causal language model. Its arguments are kept as `self.args`.
 
-    tied: head and embedding share weights. mlp, post_norm: see Block.
+    tied: head and embedding share weights. mlp, post_norm: see Block. The rest: see Attention.
     """
 
-    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, dropout=0.0, bias=True,
-                 tied=True, mlp=True, post_norm=False):
+    def __init__(self, vocab_size, block_size, n_layer, n_head, n_embd, dropout=0.0, bias=True, tied=True,
+                 mlp=True, post_norm=False, rope=False, n_kv_head=0, qk_norm=False):
         super().__init__()
+        block = dict(mlp=mlp, post_norm=post_norm, rope=rope, n_kv_head=n_kv_head, qk_norm=qk_norm)
         self.args = dict(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head,
-                         n_embd=n_embd, dropout=dropout, bias=bias, tied=tied, mlp=mlp, post_norm=post_norm)
+                         n_embd=n_embd, dropout=dropout, bias=bias, tied=tied, **block)
         check_model_args(self.args)
-        block = dict(causal=True, mlp=mlp, post_norm=post_norm)
-        blocks = [Block(n_embd, n_head, bias, dropout, **block) for _ in range(n_layer)]
+        blocks = [Block(n_embd, n_head, bias, dropout, causal=True, **block) for _ in range(n_layer)]
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(vocab_size, n_embd),
-            wpe=nn.Embedding(block_size, n_embd),
+            wpe=nn.Identity() if rope else nn.Embedding(block_size, n_embd),
             drop=nn.Dropout(dropout),
             h=nn.ModuleList(blocks),
             # with post_norm the last block ends in a norm already
@@ -121,8 +147,8 @@ class GPT(nn.Module):
         T = idx.shape[1]
         assert T <= self.args["block_size"], f"{T} tokens, block_size is {self.args['block_size']}"
         t = self.transformer
-        x = t.wte(idx) + t.wpe(torch.arange(T, device=idx.device))
-        x = t.drop(x)
+        positions = 0 if self.args["rope"] else t.wpe(torch.arange(T, device=idx.device))
+        x = t.drop(t.wte(idx) + positions)
         for block in t.h:
             x = block(x)
         return t.ln_f(x)
@@ -258,10 +284,11 @@ GROUP_OF = {  # the ends of parameter names
     "embed": ("wte.weight", "wpe.weight", "patch.weight", "head.weight"),
 }
 
-def decay_groups(model, attn_wd, mlp_wd, embed_wd):
+def decay_groups(model, attn_wd, mlp_wd, embed_wd, qk_wd=-1, qk_decay="l2"):
     """The parameters in four groups, [{"name", "params", "weight_decay"}]: attn, mlp, embed, and none.
 
     Norms and biases are in none. Every parameter is in exactly one group; tied weights count once.
+    qk_wd, qk_decay: see optim.decay_by_rows, which decays attn where W_Q and W_K have a decay of their own.
     Raises UserError for a matrix that GROUP_OF does not place.
     """
     groups = {"attn": [], "mlp": [], "embed": [], "none": []}
@@ -273,12 +300,15 @@ def decay_groups(model, attn_wd, mlp_wd, embed_wd):
             raise UserError(f"parameter {name} belongs to {len(found)} weight-decay groups: "
                             "give it one in model.GROUP_OF")
         groups[found[0]].append(p)
-        p.n_matrices = 3 if name.endswith("c_attn.weight") else 1  # Muon takes q, k and v each for itself
+        if name.endswith(".c_attn.weight"):  # Muon takes W_Q, W_K and W_V each for itself
+            p.rows = model.get_submodule(name.removesuffix(".c_attn.weight")).rows
     placed = [id(p) for params in groups.values() for p in params]
     assert sorted(placed) == sorted({id(p) for p in model.parameters()}), "not a partition"
 
     wd = {"attn": attn_wd, "mlp": mlp_wd, "embed": embed_wd, "none": 0.0}
-    return [{"name": k, "params": params, "weight_decay": wd[k]} for k, params in groups.items() if params]
+    found = [{"name": k, "params": params, "weight_decay": wd[k]} for k, params in groups.items() if params]
+    found[0].update(own_decay(model, attn_wd, qk_wd, qk_decay))
+    return found
 
 def make_optimizers(groups, name, lr, beta1, beta2, eps, momentum, device_type):
     """A list of torch optimizers over decay groups. name: adamw, adam (L2 in the gradient), sgd or muon.

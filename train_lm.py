@@ -23,6 +23,7 @@ from model import GPT, decay_groups, init_weights, load_gpt, make_optimizers
 from nanorank.distributed import all_sum, exit_codes
 from nanorank.errors import UserError
 from nanorank.flops import flops_per_token
+from nanorank.optim import decay_by_rows
 from nanorank.run import Run
 from nanorank.run_folder import make_data
 from nanorank.run_settings import lr_end
@@ -55,11 +56,16 @@ dropout = 0.0                   # ours
 mlp = True                      # False: blocks of attention alone; ours
 post_norm = False               # True: x = ln(x + f(x)) instead of x + f(ln(x)); ours
 bias = False                    # biases in linear layers and norms; ours
+rope = False                    # rotary positions in place of learned ones (Llama's); ours
+n_kv_head = 0                   # key/value heads, each shared by n_head / n_kv_head heads; 0: n_head; ours
+qk_norm = False                 # RMS norm of q and k in each head (Qwen 3's); ours
 tied = True                     # head and token embedding share weights; ours, as GPT-2
 vocab_size = 0                  # 0: the tokenizer's, rounded up to a multiple of 64 (GPT-2: 50304); ours
 # weight decay, multiplied by the learning rate (torch's AdamW); norms and biases never
 attn_wd = 0.1                   # q, k, v and output projections of attention; ours
 mlp_wd = 0.1                    # the two MLP matrices; ours
+qk_wd = -1.0                    # W_Q and W_K apart from W_V and P, -1: as attn_wd; ours
+qk_decay = "l2"                 # l2, or nuclear: takes lr * qk_wd off each singular value of W_Q and W_K
 embed_wd = 0.1                  # embeddings and head; ours, as nanoGPT decays all matrices
 # optimizer
 optimizer = "adamw"             # adamw, adam (L2 in the gradient), sgd, muon; paper: adamw
@@ -182,7 +188,8 @@ def main():
         model = load_gpt(run.ckpt, dropout, run.init_path)
     else:
         padded_size = vocab_size or 64 * math.ceil(tokenizer_size / 64)
-        model = GPT(padded_size, block_size, n_layer, n_head, n_embd, dropout, bias, tied, mlp, post_norm)
+        model = GPT(padded_size, block_size, n_layer, n_head, n_embd, dropout, bias, tied, mlp, post_norm,
+                    rope, n_kv_head, qk_norm)
         init_weights(model, seed)                # the same on any device
     check_fit(model, tokenizer_size)
     run.take_shape(model.args)                   # of a checkpoint, into the settings
@@ -198,7 +205,7 @@ def main():
         return run.finish_eval({**model.args, "block_size": block_size, **result})
 
     # optimizer: attention, MLPs and embeddings each have their own decay; norms and biases have none
-    groups = decay_groups(model, attn_wd, mlp_wd, embed_wd)
+    groups = decay_groups(model, attn_wd, mlp_wd, embed_wd, qk_wd, qk_decay)
     optimizers = make_optimizers(groups, optimizer, learning_rate, beta1, beta2, eps, momentum,
                                  run.device.type)
     start, best_val_loss = run.restore(optimizers)           # 0, inf unless resuming
@@ -263,6 +270,7 @@ def main():
                 group["lr"] = lr
             run.scaler.unscale_(opt)             # the scaler does nothing unless dtype is float16
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        decay_by_rows(groups, lr, optimizer)     # of attention, where W_Q and W_K have a decay of their own
         for opt in optimizers:
             run.scaler.step(opt)
             opt.zero_grad(set_to_none=True)

@@ -16,9 +16,9 @@ COUNTS = (
 
 
 def saved_args(args):
-    """A model's arguments as a checkpoint holds them: nanoGPT's loader does not know these three, so they are
+    """A model's arguments as a checkpoint holds them: nanoGPT's loader does not know these, so they are
     saved only where the model is not nanoGPT's."""
-    default = {"tied": True, "mlp": True, "post_norm": False}
+    default = {"tied": True, "mlp": True, "post_norm": False, "rope": False, "n_kv_head": 0, "qk_norm": False}
     return {name: x for name, x in args.items() if name not in default or x != default[name]}
 
 
@@ -75,7 +75,8 @@ def check_size(args, state):
     n_held = sum(p.numel() for p in state.values())
     if all(type(x) is int for x in counts.values()):
         get = counts.get
-        rows = get("vocab_size", 0) + get("block_size", 0) + get("n_classes", 0) + 3 * get("patch_size", 0)**2
+        positions = 0 if args.get("rope") else get("block_size", 0)
+        rows = get("vocab_size", 0) + positions + get("n_classes", 0) + 3 * get("patch_size", 0)**2
         n_least = get("n_layer") * get("n_embd")**2 + rows * get("n_embd")
         fits = n_least <= max(n_held, 2**24) and get("n_layer") <= len(state)
         if fits and get("image_size", 0) <= 2**14:
@@ -92,7 +93,7 @@ def check_model_args(args):
         named = ", ".join(f"{name}={x}" for name, x in counts.items())
         raise UserError(f"{named}: expects at least 1 each, and n_embd a multiple of n_head")
     if "image_size" not in args:
-        return
+        return check_attention_args(args)
     n_embd, size, patch = args["n_embd"], args["image_size"], args["patch_size"]
     pool, positions = args["pool"], args["positions"]
     if size % patch:
@@ -101,6 +102,19 @@ def check_model_args(args):
         raise UserError(f"pool={pool}, positions={positions}: expects gap or cls, sincos2d or learned")
     if positions == "sincos2d" and (n_embd % 4 or n_embd < 8):
         raise UserError(f"n_embd={n_embd} must be a multiple of 4, at least 8, for sincos2d positions")
+
+
+def check_attention_args(args):
+    """Raises UserError for settings of a GPT's attention that do not go together."""
+    n_head, n_kv_head = args["n_head"], args["n_kv_head"]
+    if type(n_kv_head) is not int or n_kv_head < 0 or n_head % (n_kv_head or n_head):
+        raise UserError(f"n_kv_head={n_kv_head}: expects a divisor of n_head={n_head}, or 0 for n_head")
+    for name in ("rope", "qk_norm"):
+        if type(args[name]) is not bool:
+            raise UserError(f"{name}={args[name]}: expects True or False")
+    r = args["n_embd"] // n_head
+    if args["rope"] and r % 2:
+        raise UserError(f"rope turns pairs of rows: heads of n_embd / n_head = {r} rows must be even")
 
 
 def load_optimizers(optimizers, saved, path):

@@ -37,6 +37,7 @@ from nanorank.device import (
 from nanorank.errors import UserError
 from nanorank.files import load_pt, make_folder, save_json, save_pt
 from nanorank.hf_gpt2 import open_init
+from nanorank.optim import decay_rates
 from nanorank.restore import check_resumable, load_optimizers, saved_args
 from nanorank.rng import hash64
 from nanorank.run_folder import RunLog, copy_source, lock_folder, remove_leftovers, unlock_folder
@@ -253,7 +254,7 @@ class Run:
     def restore(self, optimizers):
         """Takes up optimizers, log and counts of the run. Returns (first step, best validation loss)."""
         groups = [group for opt in optimizers for group in opt.param_groups]
-        self.weight_decay = {group["name"]: group["weight_decay"] for group in groups}
+        self.weight_decay = decay_rates(groups)
         self.decay_time = {name: 0.0 for name in self.weight_decay}  # sum of lr * weight decay so far
         start, best_val_loss, log_bytes, wandb_id = 0, math.inf, 0, ""
         if self.resume:
@@ -293,10 +294,19 @@ class Run:
         # decay acts over 1 / (lr * weight decay) steps: this many times in the whole run
         sum_lr = sum(get_lr(step) for step in range(start, self.max_iters))
         for group in groups:
-            name, wd = group["name"], group["weight_decay"]
+            name = group["name"]
+            wd = self.weight_decay[name]
             n_params = sum(p.numel() for p in group["params"])
             self.print(f"group {name:5}: {len(group['params']):3} tensors, {n_params:11,} parameters, "
                        f"weight decay {wd:g}, {self.decay_time[name] + sum_lr * wd:.2f} decay time constants")
+        if "qk" in self.weight_decay:
+            wd = self.weight_decay["qk"]
+            self.print(f"      of these W_Q and W_K: weight decay {wd:g}, "
+                       f"{self.decay_time['qk'] + sum_lr * wd:.2f} decay time constants")
+        if "qk_nuclear" in self.weight_decay:
+            wd = self.weight_decay["qk_nuclear"]
+            self.print(f"      of attn W_Q and W_K: nuclear decay {wd:g}, "
+                       f"{self.decay_time['qk_nuclear'] + sum_lr * wd:.2f} off each singular value")
         if self.settings["warmup_iters"] >= self.max_iters:
             self.print(f"note: warm-up takes {self.settings['warmup_iters']} steps of {self.max_iters}: "
                        f"the learning rate ends at {get_lr(self.max_iters):.2e}")
@@ -487,7 +497,9 @@ class Run:
         attention = self.decay_time.get("attn", 0.0)
         time_constants = {"decay_time_constants": attention}
         for name in {"mlp": 0.0, "embed": 0.0, **self.decay_time}:  # groups of a fork's own, too
-            if name not in ("attn", "none"):
+            if name == "qk_nuclear":  # of another unit: a singular value
+                time_constants["nuclear_decay_qk"] = self.decay_time[name]
+            elif name not in ("attn", "none"):
                 time_constants[f"decay_time_constants_{name}"] = self.decay_time.get(name, 0.0)
         result = {
             **self.settings, **result,

@@ -7,13 +7,14 @@ from configurator import spelled
 from nanorank.errors import UserError
 
 TENTH = -1  # min_lr: a tenth of the peak
+AUTO = {"min_lr": TENTH, "qk_wd": -1}  # what may be negative, and stands for another setting then
 
 # A resumed run is the same run. The first settings must not change at all. The second may always
 # change. Any other changes only where --init_from=resume asks for it.
 SAME_ON_RESUME = (
     "dataset", "seed", "total_batch_size", "block_size", "image_size", "standardize", "variant", "patch_size",
     "n_layer", "n_head", "n_embd", "mlp", "post_norm", "bias", "tied", "vocab_size", "pool", "positions",
-    "optimizer",
+    "rope", "n_kv_head", "qk_norm", "optimizer", "qk_wd", "qk_decay",
 )
 FREE_ON_RESUME = (
     "out_dir", "init_from", "overwrite", "eval_only", "device", "dtype", "compile", "data_dir", "batch_size",
@@ -32,7 +33,7 @@ def check_settings(settings):
     """Raises UserError that names the setting, its value and the fix, for settings that every trainer has."""
     for name, value in settings.items():
         number = isinstance(value, (int, float))
-        if number and value < 0 and (name, value) != ("min_lr", TENTH):
+        if number and value < 0 and AUTO.get(name) != value:
             raise UserError(f"--{name}={value} must not be negative")
         if number and value == math.inf:
             raise UserError(f"--{name}={value} must be finite")
@@ -55,6 +56,12 @@ def check_settings(settings):
     if settings["warmup_lr"] > peak and settings["warmup_iters"]:
         raise UserError(f"--warmup_lr={settings['warmup_lr']} is above --learning_rate={peak}, the peak: "
                         "lower it, or give --warmup_iters=0")
+    qk_decay = settings.get("qk_decay", "l2")
+    if qk_decay not in ("l2", "nuclear"):
+        raise UserError(f"--qk_decay={qk_decay}: expects l2 or nuclear")
+    if qk_decay == "nuclear" and settings["optimizer"] == "adam":
+        raise UserError("--qk_decay=nuclear acts on the weights, not in the gradient: it takes "
+                        "--optimizer=adamw, sgd or muon, not adam")
     if str(settings["compile"]).lower() != "auto" and spelled(settings["compile"]) is NotImplemented:
         raise UserError(f"--compile={settings['compile']}: expects auto, true or false")
 

@@ -87,6 +87,11 @@ def truncatable(checkpoint):
     is_gpt = modules[0].scheme.layout == "conv" and len(biases) in (0, 2 * len(modules))
     if not has_args or not is_gpt:
         raise UserError(f"{path}: --truncate takes a GPT checkpoint of train_lm.py or nanoGPT (model_args)")
+    args = raw["model_args"]
+    grouped = args.get("n_kv_head", 0) not in (0, args.get("n_head"))
+    if args.get("rope") or args.get("qk_norm") or grouped:
+        raise UserError(f"{path}: --truncate cuts W_K^T W_Q and P W_V of each head as free products; in a "
+                        "model with rope, qk_norm or n_kv_head they are none")
     return raw
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import GPT, init_weights, load_gpt, load_vit
+from model import GPT, init_weights, load_gpt, load_vit, rotate
 from nanorank.errors import UserError
 from nanorank.files import load_pt
 from nanorank.rng import hash64
@@ -76,9 +76,15 @@ def our_net(model, config, device, dtype, seed=0, fixed_positions=False):
 
 
 def attention_weights(attention, qkv):
-    """Attention weights (B, H, T, T) from the output of an Attention's c_attn, (B, T, 3 n_embd)."""
+    """Attention weights (B, H, T, T) from the output of an Attention's c_attn, (B, T, its rows)."""
     B, T, _ = qkv.shape
-    q, k, _ = qkv.view(B, T, 3, attention.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, r) each
+    q, k, _ = qkv.split(attention.rows, dim=2)
+    q, k = [z.view(B, T, -1, attention.r).transpose(1, 2) for z in (q, k)]
+    if attention.qk_norm:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    if attention.rope:
+        q, k = rotate(q), rotate(k)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, T, r), as q
     scores = q @ k.mT * q.shape[-1]**-0.5
     if attention.causal:
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)

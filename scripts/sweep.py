@@ -59,7 +59,7 @@ metric = ""                     # a column of sweep.csv; empty: test_acc or test
 # settings that describe the model: result.json has the model's own
 SHAPE = (
     "vocab_size", "block_size", "patch_size", "image_size", "n_layer", "n_head", "n_embd",
-    "mlp", "post_norm", "bias", "tied", "pool", "positions",
+    "mlp", "post_norm", "bias", "tied", "pool", "positions", "rope", "n_kv_head", "qk_norm",
 )
 SET_BY_SWEEP = ("out_dir", "init_from", "overwrite", "eval_only")
 
