@@ -8,6 +8,9 @@ import math
 import pytest
 import torch
 
+from model import GPT, decay_groups, init_weights
+from nanorank.tasks import TaskSplit
+
 LAM = 0.5
 LR = 1e-3
 STEPS = 1000
@@ -160,6 +163,41 @@ def test_under_qk_norm_the_squared_norms_decay_at_2_lam(n_kv_head, rope, qk_norm
         assert departs(W["Q"].square().sum((1, 2)), after["Q"].square().sum((1, 2)))
     assert departs(stacked(W)["qk"], stacked(after)["qk"])
     assert follows(stacked(W)["ov"], stacked(after)["ov"])
+
+
+@pytest.mark.parametrize("kind", [{}, {"n_kv_head": 1}, {"rope": True}, {"qk_norm": True}])
+def test_the_gpt_of_model_py_keeps_the_same_balances(kind):
+    """On associative recall, by torch's SGD with weight_decay."""
+    model = GPT(32, 16, n_layer=1, n_head=2, n_embd=16, bias=False, tied=False, mlp=False, **kind)
+    init_weights(model, 0)
+    n = kind.get("n_kv_head", 2)
+    attn = model.transformer.h[0].attn
+    attn.c_attn.weight.data *= 15  # about 1 / sqrt(16)
+
+    def heads():
+        q, k, v = attn.c_attn.weight.detach().clone().split([16, 8 * n, 8 * n])
+        P = attn.c_proj.weight.detach().clone().unflatten(1, (2, 8)).transpose(0, 1)
+        return {"Q": q.view(2, 8, 16), "K": k.view(n, 8, 16), "V": v.view(n, 8, 16), "P": P}
+
+    before = heads()
+    optimizer = torch.optim.SGD(decay_groups(model, attn_wd=LAM, mlp_wd=0.0, embed_wd=0.0), LR)
+    x, y = [torch.from_numpy(z) for z in TaskSplit("recall", "train", 16).sample(0, 0, 16)]
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(x, y)[1].backward()
+        optimizer.step()
+    after = heads()
+
+    assert follows(stacked(before)["ov"], stacked(after)["ov"])
+    if "rope" in kind:
+        a, b = plane_norms(before, 8)
+        a_after, b_after = plane_norms(after, 8)
+        assert follows(a - b, a_after - b_after)
+    elif "qk_norm" in kind:
+        for name in "QK":
+            assert follows(before[name].square().sum((1, 2)), after[name].square().sum((1, 2)))
+    else:
+        assert follows(stacked(before)["qk"], stacked(after)["qk"])
 
 # ----------------------------------------------------------------------- the smallest norm of a function
 
