@@ -53,11 +53,16 @@ def turn(z, rope):
 
 def make_layer(n_head=2, n_kv_head=2, qk_norm=""):
     g = torch.Generator().manual_seed(0)
-    shapes = {"Q": (n_head, R, D_MODEL), "K": (n_kv_head, R, D_MODEL), "V": (n_kv_head, R, D_MODEL),
-              "P": (n_head, D_MODEL, R)}
+    size = 0.3 if qk_norm else 0.7  # under QK-norm gradients are proportional to 1 / size
+    W = {
+        "Q": size * torch.randn(n_head, R, D_MODEL, generator=g),
+        "K": size * torch.randn(n_kv_head, R, D_MODEL, generator=g),
+        "V": 0.7 * torch.randn(n_kv_head, R, D_MODEL, generator=g),
+        "P": 0.7 * torch.randn(n_head, D_MODEL, R, generator=g),
+    }
     if qk_norm:
-        shapes |= {"q_gain": (R,), "k_gain": (R,)}
-    return {name: 0.7 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
+        W["q_gain"], W["k_gain"] = 1 + 0.3 * torch.randn(2, R, generator=g)
+    return W
 
 
 def train(W, **kind):
