@@ -22,6 +22,7 @@ From scripts/sweep.py; the first two also from a heads.csv of several runs:
 From scripts/theory.py, config/recall.py and scripts/saturate.py:
     factorised_models FOLDER   balance, soft thresholding, AdamW
     two_parameters FOLDER      trajectories over the loss
+    attention_balance FOLDER   how fast a transformer's factors become balanced
     recall FOLDER              associative recall over weight decay
     saturation saturation.csv, heads_saturated heads_saturated.csv, scaling scaling.csv
 
@@ -40,7 +41,8 @@ SOURCES = {
     "spectra.csv": (heads.spectra,),
     "norms.csv": (heads.norms,),
     "sweep.csv": (sweep.rank_by_layer, sweep.mean_rank, sweep.wd_grid, sweep.norm_growth),
-    ".": (sweep.over_training, theory.factorised_models, theory.two_parameters, theory.recall),
+    ".": (sweep.over_training, theory.factorised_models, theory.two_parameters, theory.attention_balance,
+          theory.recall),
     "saturation.csv": (saturation.saturation,),
     "heads_saturated.csv": (saturation.heads_saturated,),
     "scaling.csv": (saturation.scaling,),

@@ -4,6 +4,7 @@ L2 on the factors of a linear model is a nuclear norm on their product: the theo
     python -m scripts.theory                    # three losses, five optimizers, depths 2 and 3; half a minute
     python -m scripts.theory --runs=flow:4      # a deeper linear network
     python -m scripts.theory --problem=scalars  # two parameters, free and factorised: Adam with L2, AdamW
+    python -m scripts.theory --problem=attention  # a transformer on associative recall; a few minutes
     python -m scripts.figures factorised_models out/theory      # draws again; two_parameters likewise
 
 Minimises L(W) + (lam/2) (|A_1|^2 + ... + |A_n|^2) over square factors of W = A_1 ... A_n (Kobayashi et
@@ -13,7 +14,7 @@ as exp(-2 lam t), and recovery ends at max(s_i - lam, 0), s_i the singular value
 
 Writes OUT_DIR/curves.csv (t: accumulated step size), spectra.csv, rates.csv, predictions.csv (recovery's
 last singular values over lam, seed 0) and factorised_models.png; for the scalars scalars.csv and
-two_parameters.png.
+two_parameters.png; for attention attention.csv and attention_balance.png (scripts/theory_attention.py).
 """
 import math
 import os
@@ -29,13 +30,16 @@ from nanorank.errors import UserError, user_errors
 from nanorank.factorised import LOSSES, expected, gradient, measure, measured_rate, problems, product, update
 from nanorank.files import make_folder
 from nanorank.tables import write_csv
+from scripts import theory_attention
 
 out_dir = "out/theory"          # folder of the CSV files and the figures
-problem = "recovery,regression,completion"  # any of these losses, or scalars
+problem = "recovery,regression,completion"  # any of these losses, or scalars, or attention
 runs = "flow:2,flow:3,gd:2,momentum:2,adam_l2:2,adamw:2,adamw:2:1"  # OPTIMIZER:DEPTH[:sd of noise on dL/dW]
 lams = "0,0.05,0.1,0.2,0.5,0.8,1.2,1.5"  # strengths of L2; adamw decouples the same numbers
 scalar_lams = "0,0.1,0.3,0.6"   # the same for the scalars
-seeds = 2                       # of M, data and factors
+attention_lams = "0,0.003,0.006,0.012"  # of L2 on attention; AdamW's are 300 times as large
+attention_steps = 1000          # of each of the 16 runs on associative recall
+seeds = 2                       # of M, data and factors; attention has one
 points = 60                     # log-spaced steps at which curves are written
 figure = True                   # draw at the end (needs matplotlib)
 # matrices
@@ -259,13 +263,29 @@ def penalised_minimum(strength, power):
         w = w.sign() * shrunk[power]
     return w
 
+# --------------------------------------------------------------------------------------- attention
+
+def attention():
+    """A transformer under four optimizers: writes attention.csv, prints how fast it is balanced."""
+    table = theory_attention.balance(parse_numbers("attention_lams"), attention_steps, 1, points)
+    save("attention.csv", table)
+    decayed = table[table.lam > 0]
+    rates = []
+    for key, run in decayed.groupby(["optimizer", "lam", "product", "layer"], sort=False):
+        rate = measured_rate(torch.tensor(run["t"].to_numpy()), torch.tensor(run["discrepancy"].to_numpy()))
+        rates.append([*key, rate.item() / (2 * key[1])])
+    columns = ["optimizer", "lam", "product", "layer", "rate"]
+    rates = pd.DataFrame(rates, columns=columns).pivot_table("rate", columns[:2], columns[2:4], sort=False)
+    print(f"\nrate of the discrepancy over 2 lam\n{rates.to_string(float_format='{:.4f}'.format)}")
+
 # -------------------------------------------------------------------------------------------- main
 
 def check_settings():
-    if problem != "scalars" and not set(problem.split(",")) <= set(LOSSES):
-        raise UserError(f"--problem={problem}: expects scalars, or a list of {', '.join(LOSSES)}")
-    if min(seeds, rank) < 1 or points < 2:
-        raise UserError(f"--seeds={seeds} --rank={rank} must be at least 1, --points={points} at least 2")
+    if problem not in ("scalars", "attention") and not set(problem.split(",")) <= set(LOSSES):
+        raise UserError(f"--problem={problem}: expects scalars, attention, or a list of {', '.join(LOSSES)}")
+    if min(seeds, rank, attention_steps) < 1 or points < 2:
+        raise UserError(f"--seeds={seeds} --rank={rank} --attention_steps={attention_steps} must be at least "
+                        f"1, --points={points} at least 2")
     if not rank <= size <= samples:
         raise UserError(f"expects --rank={rank} <= --size={size} <= --samples={samples}")
     for name in ("duration", "flow_lr", "gd_lr", "momentum_lr", "adam_duration", "adam_lr"):
@@ -306,11 +326,14 @@ def main():
     make_folder(out_dir)
     if problem == "scalars":
         scalars()
+    elif problem == "attention":
+        attention()
     else:
         matrices(problem.split(","))
     if figure:
         from nanorank.figures import theory as figures
-        draw = figures.two_parameters if problem == "scalars" else figures.factorised_models
+        own = {"scalars": figures.two_parameters, "attention": figures.attention_balance}
+        draw = own.get(problem, figures.factorised_models)
         print(f"\nfigure: {draw(out_dir)}")
 
 

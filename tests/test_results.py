@@ -4,8 +4,12 @@ import json
 import re
 import statistics
 
+import pandas as pd
 import pytest
+import torch
 from conftest import REPO
+
+from nanorank.factorised import measured_rate
 
 FOLDERS = sorted(path.parent.name for path in REPO.glob("results/*/README.md"))
 DOCUMENTS = [REPO / "README.md", REPO / "RESULTS.md", *sorted(REPO.glob("docs/*.md"))]
@@ -166,6 +170,26 @@ def test_runs(folder, runs, column, digits, scale):
             mean = statistics.mean(float(row["rank95"]) for row in of_run
                                    if int(row["step"]) == last_step and row["product"] == product)
             assert f"{mean:.2f}" in line or f"{mean:.1f}" in line, (wd, product, mean)
+
+
+def test_balance_of_a_transformer():
+    """Rates of the discrepancy over 2 lam, ranks and accuracy at the end."""
+    table = pd.read_csv(REPO / "results/theory/attention.csv").query("lam > 0")
+    stated = re.findall(r"^\| (gd|momentum|adam_l2|adamw) \| ([\d.]+) \| (.*)\|$",
+                        read("results/theory/README.md"), re.M)
+    assert len(stated) == len(table[["optimizer", "lam"]].drop_duplicates())
+    for optimizer, lam, line in stated:
+        run = table[(table["optimizer"] == optimizer) & (table["lam"] == float(lam))]
+        ranks, found = [], []
+        for product in ("ov", "qk"):
+            for layer in (0, 1):
+                one = run[(run["product"] == product) & (run["layer"] == layer)]
+                t, D = (torch.tensor(one[name].to_numpy()) for name in ("t", "discrepancy"))
+                rate = measured_rate(t, D).item() / (2 * float(lam))
+                found.append(round(rate, 0 if rate > 10 else 3))
+                ranks.append(one["rank95"].iloc[-1])
+        accuracy = round(100 * run["accuracy"].iloc[-1])
+        assert numbers(line) == [*found, *ranks, accuracy], (optimizer, lam)
 
 
 def test_architectures_are_counted():

@@ -9,7 +9,7 @@ from conftest import one_line_exit_2, refused, script
 
 from nanorank.factorised import expected, gradient, measured_rate, product, update
 from nanorank.spectra import metrics
-from scripts import theory
+from scripts import theory, theory_attention
 
 LOSSES = ["recovery", "regression", "completion"]
 
@@ -215,7 +215,20 @@ def test_scalars_end_where_expected(run, tmp_path):
     assert len(last) == 8 and (tmp_path / "two_parameters.png").exists()
 
 
+def test_a_transformer_is_balanced_at_2_lam_under_gradient_descent(run, tmp_path):
+    """All four optimizers run, and of gradient descent every layer and product is where it should be."""
+    run(problem="attention", out_dir=str(tmp_path), attention_lams="0.02", attention_steps=40, points=5)
+    table = pd.read_csv(tmp_path / "attention.csv")
+    assert set(table["optimizer"]) == set(theory_attention.LR) and set(table["product"]) == {"qk", "ov"}
+    last = table[(table["optimizer"] == "gd") & (table["step"] == 40)]
+    assert len(last) == 4 and last["t"].iloc[0] == pytest.approx(40 * theory_attention.LR["gd"])
+    assert (last["discrepancy"] / last["predicted"] - 1).abs().max() < 0.03
+    assert last["predicted"].max() < 0.7 * table["discrepancy"].max()
+    assert (tmp_path / "attention_balance.png").exists()
+
+
 @pytest.mark.parametrize("name, value, words", [
+    ("attention_steps", 0, ["--attention_steps=0"]),
     ("problem", "sorting", ["--problem=sorting", "recovery"]),
     ("runs", "flow:1", ["'flow:1'"]),
     ("runs", "lion:2", ["'lion:2'", "adamw"]),

@@ -1,6 +1,6 @@
 """
 Figures of the models that theory speaks of: factorised models and two parameters (scripts/theory.py),
-associative recall by a transformer of attention alone (config/recall.py).
+associative recall by a transformer of attention alone (scripts/theory_attention.py, config/recall.py).
 
 Each takes a folder and returns the path of the PNG in it.
 """
@@ -137,6 +137,46 @@ def two_parameters(folder):
         ax.set_xlabel("$w_1$")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=8)
     return write(fig, folder, "two_parameters", dpi=110)
+
+
+OPTIMIZERS = {
+    "gd": "gradient descent",
+    "momentum": "momentum",
+    "adam_l2": "Adam with L2",
+    "adamw": "AdamW",
+}
+
+
+def attention_balance(folder):
+    """|P^T P - W_V W_V^T| of a transformer over training, and its nuclear against its Frobenius norms."""
+    columns = ("optimizer", "lam", "t", "layer", "product", "discrepancy", "predicted", "half_sq_norm",
+               "nuclear")
+    table = pick(read_csv(os.path.join(folder, "attention.csv"), columns), product="ov")
+    for column in ("discrepancy", "predicted"):
+        table[column] = table[column] ** 2
+    both = table.groupby(["optimizer", "lam", "t"], sort=False)  # the norm over both layers
+    table = both[["discrepancy", "predicted", "half_sq_norm", "nuclear"]].sum().reset_index()
+    table[["discrepancy", "predicted"]] **= 0.5
+
+    fig, axes = plt.subplots(2, 4, figsize=(11.5, 5.6), sharex="col", sharey="row")
+    for (a, b), (name, title) in zip(axes.T, OPTIMIZERS.items()):
+        for i, (lam, run) in enumerate(pick(table, optimizer=name).groupby("lam")):
+            colour = COLOURS[i]
+            a.plot(run["t"], run["predicted"], "--", color=colour, linewidth=1)
+            a.plot(run["t"], run["discrepancy"], MARKERS[i], color=colour, markersize=4, fillstyle="none",
+                   markevery=2, label=rf"$\lambda$ = {lam:g}")
+            b.plot(run["t"], run["half_sq_norm"], color=colour)
+            b.plot(run["t"], run["nuclear"], ":", color=colour)
+        a.set(title=title, yscale="log")
+        a.legend(loc="lower left")
+        beta = r" / (1 - $\beta$)" if name == "momentum" else ""
+        b.set_xlabel(f"t = sum of step sizes{beta}")
+    axes[0, 0].set_ylabel(r"$|P^\top P - W_V W_V^\top|_F$; dashed: $e^{-2\lambda t}$")
+    axes[1, 0].set_ylabel("norms of OV, both layers")
+    axes[1, 0].plot([], [], "k-", label=r"$(|P|^2 + |W_V|^2)/2$")
+    axes[1, 0].plot([], [], "k:", label=r"$|P\,W_V|_*$")
+    axes[1, 0].legend()
+    return write(fig, folder, "attention_balance", dpi=110)
 
 
 def recall(folder):
