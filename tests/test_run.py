@@ -188,7 +188,7 @@ def test_decay_groups_may_have_other_names(train, tmp_path, monkeypatch, ends):
     """A fork that renames its groups trains, resumes and gets its time constants."""
     kept = {name: model.GROUP_OF[name] for name in ("attn", "mlp")}
 
-    def groups(net, attn_wd, mlp_wd, embed_wd):
+    def groups(net, attn_wd, mlp_wd, embed_wd, qk_wd, qk_decay):
         placed = {name: [] for name in (*kept, *ends, "none")}
         for name, p in net.named_parameters():
             homes = [group for group, tails in {**kept, **ends}.items() if name.endswith(tails)]
