@@ -137,7 +137,7 @@ def test_one_plane_is_the_whole_and_zeros_have_no_gap():
     A = gaussian(3, d, 2)
     table = plane_metrics(A, A, Rope(2))
     assert table["planes95"] == [1, 1, 1] and table["gap_planes"] == pytest.approx([0, 0, 0], abs=1e-12)
-    assert gaussian_planes(d, d, 2, 2) == pytest.approx(1) and gaussian_nuclear(d, d, 2) < 0.9
+    assert gaussian_planes(d, d, 2, 2) == pytest.approx(1) and gaussian_nuclear(d, d, 2) < 0.99
     zeros = plane_metrics(torch.zeros(2, d, r), torch.zeros(2, d, r), Rope(4))
     assert all(values == [0, 0] for values in zeros.values())
 
