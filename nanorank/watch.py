@@ -50,11 +50,16 @@ def attention_ranks(model):
     configs = {"model_args": model.args}
     layers = list(attention_layers(model.state_dict(), model.args["n_head"], configs))
     shapes = {tuple(W.shape for W in matrices(layer)) for layer in layers}
-    plain = not any(getattr(layer, "rope", None) or getattr(layer, "n_kv_head", 0) for layer in layers)
-    if len(shapes) == 1 and plain:
+    if len(shapes) == 1 and all(map(is_plain, layers)):
         with contextlib.suppress(UserError):  # summary names the layer that is not finite
             return summary_at_once(layers)
     return summary(layers)
+
+
+def is_plain(layer):
+    """Whether each head's products are W_K^T W_Q and P W_V as they stand, and there are no others."""
+    shares_keys = getattr(layer, "n_kv_head", 0) not in (0, len(layer.W_Q))
+    return not (shares_keys or getattr(layer, "rope", None) or getattr(layer, "qk_norm", False))
 
 
 def matrices(layer):

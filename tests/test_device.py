@@ -24,7 +24,7 @@ import nanorank.run
 import train_lm
 import train_vit
 from model import GPT, ViT, init_weights, vit_size
-from nanorank import device, run_setup, save_thread
+from nanorank import device, run_setup, save_thread, watch
 from nanorank.errors import UserError
 from nanorank.families import attention_layers
 from nanorank.image_ops import equalize, luma
@@ -324,11 +324,14 @@ def models():
     yield ViT(5, 32, **{**vit_size("Ti/8"), "n_layer": 2, "n_head": 2, "n_embd": 32})
 
 
-def test_ranks_of_all_layers_at_once_are_those_layer_by_layer():
+def test_ranks_of_all_layers_at_once_are_those_layer_by_layer(monkeypatch):
+    calls, metrics = [], watch.metrics
+    monkeypatch.setattr(watch, "metrics", lambda *args: [calls.append(1), metrics(*args)][1])
     for model in models():
         init_weights(model, 0)
         layers = attention_layers(model.state_dict(), model.args["n_head"])
         assert json.dumps(attention_ranks(model)) == json.dumps(summary(layers))
+    assert len(calls) == 4  # two a model
 
 
 def test_the_layer_that_is_not_finite_is_named():
