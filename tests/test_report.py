@@ -145,7 +145,8 @@ def test_two_runs_with_snapshots(tmp_path, visit):
     page.focus("#time")
     page.keyboard.press("ArrowLeft")
     assert_shown(1, 2, steps=(10, 0))
-    assert "last checkpoint alone" in page.inner_text("#note") and not traces(page, "spectrum", "y")
+    assert "last checkpoint alone" in page.inner_text("#note")
+    assert not traces(page, "spectrum", "y") and not page.locator("#spectrum").is_visible()
     page.keyboard.press("ArrowRight")
     assert page.inner_text("#note") == "" and len(traces(page, "spectrum", "y")) == 4
 

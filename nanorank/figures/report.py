@@ -68,6 +68,7 @@ def page_data(heads, spectra):
     places = heads[["place", "stack"]].drop_duplicates()
     products = list(heads["product"].unique())
     runs = style.by_run(heads)
+    spectra = spectra[spectra["run"].isin([name for name, _ in runs])]
 
     room = MOST_NUMBERS - singular_values(spectra).size
     numbers_a_step = sum(len(rows[KEY].drop_duplicates()) for _, rows in runs) * len(metrics)
