@@ -5,6 +5,7 @@ Rank, norms and balance of every attention head in a checkpoint: tables, CSV fil
     python analyze.py Llama-2-7b-hf                    # a Hugging Face folder, file, hub id; docs/families.md
     python analyze.py pythia-70m                       # a folder of step*, checkpoint-*: one run, in order
     python analyze.py out/demo-0 out/demo-4 --compare  # two runs: all snapshots, differences by layer
+    python analyze.py out/demo-4 --report              # report.html: every head in the browser
     python analyze.py model.pt --pattern=wq.weight,wk.weight,wv.weight,wo.weight --n_head=8
     python analyze.py out/lm/ckpt.pt --truncate=0.95 --save=small.pt
 
@@ -46,6 +47,7 @@ norms = True                # norms.csv, which reads all tensors; without it att
 # what is shown
 figure = True               # draw the figures (needs matplotlib)
 layers = ""                 # layers in the figure of heads: all, or some as 5,7,9
+report = False              # report.html in OUT_DIR, a page to explore every head (needs plotly)
 compare = False             # two runs or checkpoints: their differences layer by layer, and compare.csv
 # models that do not say how their heads lie (nanorank/families.py knows most)
 n_head = 0                  # heads per layer
@@ -129,6 +131,9 @@ def main(paths):
         if len(runs) > MOST_RUNS:
             drawn += f" (nuclear_norm, heatmap, spectra, norms: the first {MOST_RUNS} of {len(runs)} runs)"
         print(f"figures: {drawn}")
+    if report:
+        from nanorank.figures import report as page
+        print(f"report: {page.report(out_dir)}")
 
 
 def run_name(path, files):
@@ -149,6 +154,9 @@ def check_settings(paths, files):
     """Raises UserError for settings that do not fit together, or do not fit the files."""
     if not paths:
         raise UserError("which checkpoint? python analyze.py out/lm/ckpt.pt; --help lists the settings")
+    if report:
+        from nanorank.figures.report import plotly_script
+        plotly_script()  # raises UserError now, not after an hour
     rank_name(threshold)
     for name in ("n_head", "n_kv_head", "d_head"):
         if globals()[name] < 0:

@@ -47,7 +47,7 @@ def unlock_folder(out_dir):
 def copy_source(out_dir):
     """Copies the code that runs to out_dir/source. Returns that folder."""
     source = os.path.join(out_dir, "source")
-    for pattern in ("*.py", "nanorank/**/*.py", "scripts/*.py"):
+    for pattern in ("*.py", "nanorank/**/*.py", "nanorank/**/*.html", "scripts/*.py"):
         for path in glob.glob(pattern, root_dir=ROOT, recursive=True):
             copy = os.path.join(source, path)
             os.makedirs(os.path.dirname(copy), exist_ok=True)

@@ -329,7 +329,25 @@ def gaussian_nuclear(d_A, d_B, r):
     """Mean nuclear norm of A B^T for Gaussian A (d_A, r), B (d_B, r) scaled to |A|_F = |B|_F = 1.
 
     A random head has nuclear = norm_A * norm_B * this; if the two norms are equal, gap = 1 - this.
-    The 16 draws have their own seed. Above 512 columns the shapes are scaled down: only ratios matter.
+    """
+    return float(gaussian_draws(d_A, d_B, r).sum(-1).mean())
+
+
+def gaussian_spectrum(d_A, d_B, r):
+    """Mean singular values (r,) of the same random products, descending: they sum to gaussian_nuclear."""
+    s = gaussian_draws(d_A, d_B, r).mean(0)
+    n = min(d_A, d_B, r)
+    if len(s) < n:  # drawn at a smaller scale
+        drawn = (np.arange(len(s)) + 0.5) / len(s)
+        wanted = (np.arange(n) + 0.5) / n
+        s = np.interp(wanted, drawn, s) * len(s) / n
+    return np.pad(s, (0, r - n))
+
+
+def gaussian_draws(d_A, d_B, r):
+    """Singular values (16, min(d_A, d_B, r)) of 16 such products A B^T, which have their own seed.
+
+    Above 512 columns the shapes are scaled down: only ratios matter.
     With A = Q R it is enough to draw R (Bartlett 1933): R_ii^2 is chi^2(d_A - i) with i from 0, and
     the entries right of it are N(0, 1).
     """
@@ -344,4 +362,4 @@ def gaussian_nuclear(d_A, d_B, r):
         R[:, i, i] = rng.chisquare(d - i, (draws, len(i))) ** 0.5
         return R / np.linalg.matrix_norm(R, keepdims=True)
 
-    return float(np.linalg.svdvals(draw_R(d_A) @ draw_R(d_B).mT).sum(-1).mean())
+    return np.linalg.svdvals(draw_R(d_A) @ draw_R(d_B).mT)

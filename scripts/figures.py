@@ -11,6 +11,7 @@ From analyze.py:
     heatmap heads.csv          rank, layer x head
     spectra spectra.csv        singular values, a line a layer
     norms norms.csv            norms, directions over training
+    report FOLDER              report.html: every head in the browser (needs plotly)
 
 From scripts/sweep.py; the first two also from a heads.csv of several runs:
     rank_by_layer sweep.csv    rank against attn_wd
@@ -33,7 +34,7 @@ import os
 import sys
 
 from nanorank.errors import UserError, user_errors
-from nanorank.figures import heads, saturation, sweep, theory
+from nanorank.figures import heads, report, saturation, sweep, theory
 
 # {file, or the folder itself: the figures that are drawn from it}
 SOURCES = {
@@ -41,8 +42,8 @@ SOURCES = {
     "spectra.csv": (heads.spectra,),
     "norms.csv": (heads.norms,),
     "sweep.csv": (sweep.rank_by_layer, sweep.mean_rank, sweep.wd_grid, sweep.norm_growth),
-    ".": (sweep.over_training, theory.factorised_models, theory.two_parameters, theory.attention_balance,
-          theory.recall),
+    ".": (report.report, sweep.over_training, theory.factorised_models, theory.two_parameters,
+          theory.attention_balance, theory.recall),
     "saturation.csv": (saturation.saturation,),
     "heads_saturated.csv": (saturation.heads_saturated,),
     "scaling.csv": (saturation.scaling,),

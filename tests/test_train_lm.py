@@ -246,6 +246,7 @@ def test_the_log_and_the_copy_of_the_source(train, tmp_path):
     source = tmp_path / "source"
     assert (source / "train_lm.py").read_text() == (REPO / "train_lm.py").read_text()
     code = [*REPO.glob("*.py"), *(REPO / "nanorank").rglob("*.py"), *(REPO / "scripts").glob("*.py")]
+    code += (REPO / "nanorank").rglob("*.html")  # the report's template
     assert {path.relative_to(source) for path in source.rglob("*.*")} == {p.relative_to(REPO) for p in code}
 
 

@@ -42,7 +42,7 @@ def shade(i, n):
 
 def read_runs(path, columns):
     """read_csv with two more columns: `run`, a short name, and `place`, the layer with its stack if any."""
-    table = read_csv(path, columns)
+    table = read_csv(path, columns).copy()  # in one piece: spectra.csv has hundreds of columns
     folders = table["checkpoint"].astype(str).map(run_of)
     table["run"] = folders.map(short_names(list(folders.unique())))
     if "layer" in table:
