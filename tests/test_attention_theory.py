@@ -53,7 +53,7 @@ def turn(z, rope):
 
 def make_layer(n_head=2, n_kv_head=2, qk_norm=""):
     g = torch.Generator().manual_seed(0)
-    size = 0.25 if qk_norm else 0.7  # under QK-norm gradients are proportional to 1 / size
+    size = 0.3 if qk_norm else 0.7  # under QK-norm gradients are proportional to 1 / size
     W = {
         "Q": size * torch.randn(n_head, R, D_MODEL, generator=g),
         "K": size * torch.randn(n_kv_head, R, D_MODEL, generator=g),
