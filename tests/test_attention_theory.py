@@ -124,7 +124,7 @@ def follows(before, after):
 
 
 def departs(before, after):
-    return bool((error(before, after) > 0.05).all())
+    return bool((error(before, after) > 0.03).all())
 
 
 @pytest.mark.parametrize("n_kv_head", [2, 1])
