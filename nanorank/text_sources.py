@@ -9,46 +9,46 @@ import math
 import os
 import re
 import sysconfig
+from collections import defaultdict
 
 from nanorank.errors import UserError
-from nanorank.text_files import CHUNK, DATASETS, SUFFIXES, Input, first_line, need, open_input
+from nanorank.text_files import CHUNK, DATASETS, SUFFIXES, Input, first_line, last_start, need, open_input
 
 HUB_ID = r"\w[\w.-]*/\w[\w./-]*"  # org/name or org/name/folder
 
 
-def find_files(places):
+def find_files(places, suffixes=SUFFIXES, fallback=tuple(DATASETS), what="files in"):
     """The files of a source, sorted, with `split` set to val or test if names say so.
 
-    places: the setting --source. Raises UserError if there are no files.
+    places: the setting --source. fallback: suffixes to look for where a place has none of the first. Raises
+    UserError if there are no files; what: words before the suffixes.
     """
     if places in ("python", "packages"):
         return installed_files(places)
     found = []
     for place in places.split(","):
         if os.path.isdir(place):
-            files = walk(place, (*SUFFIXES, *DATASETS))
+            files = walk(place, (*suffixes, *fallback))
         elif os.path.exists(place):
             files = [Input("", place, os.path.basename(place), os.path.getsize(place))]
-        elif re.fullmatch(HUB_ID, place) and not place.endswith((*SUFFIXES, *DATASETS)):
+        elif re.fullmatch(HUB_ID, place) and not place.endswith((*suffixes, *fallback)):
             files = hub_files(place)
         else:
             raise UserError(f"--source={place}: no such file or folder, "
                             "and no Hugging Face id (org/name) either")
-        files = with_suffix(files, SUFFIXES) or with_suffix(files, tuple(DATASETS))
-        if not files:
-            raise UserError(f"{place}: expects files in {', '.join((*SUFFIXES, *DATASETS))}")
+        chosen = [file for file in files if file.name.endswith(suffixes)]
+        if not chosen:
+            chosen = [file for file in files if file.name.endswith(fallback)]
+        if not chosen:
+            raise UserError(f"{place}: expects {what} {', '.join((*suffixes, *fallback))}")
 
         # val and test in a name mean splits only if other names hold train
-        splits = [split_in_name(file.name) for file in files]
-        for file, split in zip(files, splits):
+        splits = [split_in_name(file.name) for file in chosen]
+        for file, split in zip(chosen, splits):
             if split == "train" or "train" not in splits:
                 split = ""
             found.append(file._replace(split=split))
     return found
-
-
-def with_suffix(files, suffixes):
-    return [file for file in files if file.name.endswith(suffixes)]
 
 
 def split_in_name(name):
@@ -103,20 +103,18 @@ def hub_files(place):
 
 
 def leave_out_twins(files):
-    """The files without those of train that hold the same bytes as a file of val or test. Says so."""
-    held_out = {}  # size: files of val and test
-    for file in files:
-        if file.split and file.size and os.path.exists(file.path):
-            held_out.setdefault(file.size, []).append(file)
+    """The files without those of train that hold the same bytes as one of val or test, which come first."""
+    held_out = defaultdict(list)  # size: files of val and test
     kept = []
     for file in files:
-        twin = None
-        if not file.split and os.path.exists(file.path):
-            for other in held_out.get(file.size, []):
-                if twin is None and filecmp.cmp(file.path, other.path, shallow=False):
-                    twin = other
-        if twin:
-            print(f"note: {file.path} holds the same bytes as {twin.path} of {twin.split}: left out of train")
+        is_local = file.size and os.path.exists(file.path)
+        if file.split and is_local:
+            held_out[file.size].append(file)
+        twins = [] if file.split or not is_local else held_out[file.size]
+        twins = [twin for twin in twins if filecmp.cmp(file.path, twin.path, shallow=False)]
+        if twins:
+            print(f"note: {file.path} holds the same bytes as {twins[0].path} of {twins[0].split}: "
+                  "left out of train")
         else:
             kept.append(file)
     return kept
@@ -131,16 +129,13 @@ def split_texts(files, share):
     """
     texts = [file for file in files if not file.split and file.name.endswith(".txt") and file.size]
     cut = {file: cut_text(file, share) for file in texts}
-    long = [file for file in texts if is_near(file, cut[file], share)]
-    held_out = {} if long else spaced(texts, share)
+    if len(texts) > 2:
+        cut = {file: pieces for file, pieces in cut.items() if is_near(file, pieces, share)}
+    held_out = {} if cut else spaced(texts, share)
     placed = []
     for file in files:
-        if file in long or file in cut and len(texts) < 3:
-            placed += cut[file]
-        elif not file.split:
-            placed.append(file._replace(split=held_out.get(file, "train")))
-        else:
-            placed.append(file)
+        split = file.split or held_out.get(file, "train")
+        placed += cut.get(file, [file._replace(split=split)])
     return placed
 
 
@@ -185,8 +180,4 @@ def line_start(raw, position):
     newline = before.rfind(b"\n")
     if newline >= 0 or low == 0:
         return low + newline + 1
-    after = raw.read(1)
-    while after and after[0] & 0xC0 == 0x80 and before:  # inside a character of UTF-8
-        after = before[-1:]
-        before = before[:-1]
-    return low + len(before)
+    return low + last_start(before + raw.read(1))

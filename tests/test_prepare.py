@@ -20,8 +20,9 @@ import tiktoken
 
 import prepare_pile
 from nanorank import text_sources
+from nanorank.data_folder import SPLITS, split_by_hash
 from nanorank.errors import UserError, user_errors
-from nanorank.shards import SPLITS, only_process, split_by_hash
+from nanorank.shards import only_process
 from nanorank.tokens import TokenSplit, crc32, open_splits, read_meta
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -336,7 +337,7 @@ def test_no_document_for_train_is_an_error_at_once(prepare, tmp_path):
         held_out += "o"
     source = write_jsonl(tmp_path / "a.jsonl", [held_out])
     status, output = prepare(source=source, val_fraction=0.02, test_fraction=0.02)
-    assert status == 2 and "none of the 1 documents" in output and "--val_source" in output
+    assert status == 2 and "all 1 fell to val and test; give more, or --val_source" in output
     write_jsonl(source, [held_out, "more"])  # the wrong try is not in the way
     assert prepare(source=source, val_fraction=0.02, test_fraction=0.02)[0] == 0
 
@@ -501,7 +502,7 @@ def test_finished_is_left_alone_and_other_settings_are_refused(prepare, tmp_path
     assert status == 0 and "is finished, nothing to do" in output
     one_line(prepare(source=source, tokenizer="byte"), "--tokenizer=tiny, not byte")
     os.truncate(tmp_path / X / "train_00000.bin", 10)
-    missing = "train_00000.bin is missing or not as long as it was"
+    missing = "train_00000.bin holds 10 bytes, not the"
     one_line(prepare(source=source, tokenizer="tiny"), missing)
 
 
@@ -618,12 +619,12 @@ def test_bad_records_are_counted_and_named(prepare, tmp_path):
 def test_no_documents(prepare, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["a", "b"])
     status, output = prepare(source=path, text_key="content")
-    assert status == 2 and (f"no documents in --source={path}; bad records, left out: "
+    assert status == 2 and (f"no documents to train on in --source={path}; bad records, left out: "
                             f"2 no key 'content' ({path}:1, {path}:2)") in output
     assert prepare(source=path, text_key="text")[0] == 0  # the wrong try is not in the way
     (tmp_path / "empty.jsonl").touch()
     status, output = prepare(source=tmp_path / "empty.jsonl", dataset="y")
-    assert status == 2 and "no documents in" in output
+    assert status == 2 and "no documents to train on in" in output
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     status, output = prepare(source=tmp_path / "latin.txt", dataset="z")
     assert status == 2 and "1 invalid UTF-8" in output

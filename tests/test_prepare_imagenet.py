@@ -28,8 +28,8 @@ from test_prepare import (
 )
 
 from nanorank import image_files
+from nanorank.data_folder import SPLITS
 from nanorank.images import RECORD, ImageSplit
-from nanorank.shards import SPLITS
 from nanorank.tokens import crc32, open_splits
 from scripts import prepare_imagenet
 
@@ -562,7 +562,7 @@ def test_finished_is_left_alone_and_other_settings_are_refused(prepare, tmp_path
     assert status == 0 and "is finished, nothing to do" in output
     one_line(prepare(source=many, dataset="killed", test_fraction=0.1), "--test_fraction=0.2, not 0.1")
     os.truncate(tmp_path / "data" / "killed" / "train.bin", 10)
-    missing = "train.bin is missing or not as long as it was"
+    missing = "train.bin holds 10 bytes, not the"
     one_line(prepare(source=many, dataset="killed", test_fraction=0.2), missing)
 
 
