@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiktoken
+from conftest import one_line_exit_2
+from hub_server import hub
 
 import prepare_pile
 from nanorank import text_sources
@@ -202,36 +203,25 @@ def test_python_and_packages(prepare, tmp_path, monkeypatch):
     assert ids(tmp_path / "data" / "packages", "train") == [*library, *b"c", 256, *b"d", 256]
 
 
-def test_hub(prepare, tmp_path, monkeypatch):
-    """The Pile's layout, with its own val and test, on a hub that is a folder here; a hub out of reach."""
-    hub = pytest.importorskip("huggingface_hub")
-    local = pytest.importorskip("fsspec.implementations.local")
+def test_hub(tmp_path):
+    """The Pile's layout, with its own val and test, read by huggingface_hub itself; a hub out of reach."""
+    pytest.importorskip("huggingface_hub")
     names = ("train/00", "train/01", "val", "test")
     parts = {name: texts_like_the_pile(50, seed) for seed, name in enumerate(names)}
+    (tmp_path / "org" / "pile").mkdir(parents=True)
+    (tmp_path / "org" / "pile" / "README.md").write_text("no text to train on")
     for name, texts in parts.items():
-        write_jsonl(tmp_path / "hub" / f"{name}.jsonl", texts)
-
-    class Files(local.LocalFileSystem):
-        def open(self, path, **kwargs):
-            assert path.startswith("hf://datasets/org/pile@abc/")
-            name = path.removeprefix("hf://datasets/org/pile@abc/")
-            return super().open(str(tmp_path / "hub" / name), "rb")
-
-    class Api:
-        def dataset_info(self, repo, **kwargs):
-            if repo != "org/pile":
-                raise ConnectionError("Name or service not known\nand more")
-            siblings = [SimpleNamespace(rfilename=f"{name}.jsonl", size=9) for name in parts]
-            siblings.append(SimpleNamespace(rfilename="README.md", size=None))
-            return SimpleNamespace(sha="abc", siblings=siblings)
-
-    monkeypatch.setattr(hub, "HfApi", Api)
-    monkeypatch.setattr(hub, "HfFileSystem", Files)
-    assert prepare(source="org/pile")[0] == 0
-    assert ids(tmp_path / X, "train") == reference(parts["train/00"] + parts["train/01"])
-    for split in ("val", "test"):
-        assert ids(tmp_path / X, split) == reference(parts[split])
-    one_line(prepare(source="org/other", dataset="y"), "hub did not give it: Name or service")
+        write_jsonl(tmp_path / "org" / "pile" / f"{name}.jsonl", texts)
+    command = ("prepare_pile.py", "--tokenizer=byte", f"--data_dir={tmp_path}", "--dataset=x")
+    with hub(tmp_path) as server:
+        result = server.run(*command, "--source=org/pile")
+        assert result.returncode == 0, result.stderr
+        one_line_exit_2(server.run(*command, "--source=org/other", "--dataset=y"), "hub did not give it: 404")
+        away = server.run(*command, "--source=org/pile", "--dataset=y", url="http://127.0.0.1:9")
+        one_line_exit_2(away, "hub did not give it: [Errno")
+    expected = {"train": parts["train/00"] + parts["train/01"], "val": parts["val"], "test": parts["test"]}
+    for split, texts in expected.items():
+        assert ids(tmp_path / "x", split) == [i for text in texts for i in (*text.encode(), 256)]
 
 # ----------------------------------------------------------------------- splits
 
