@@ -32,7 +32,6 @@ Memory: 2 chunks of 1 MiB for each worker and some 20 times the longest document
 --max_document_mb bounds; it does not grow with the input. Measured with 2 workers, all processes
 together: 320 MiB for 2 GB of documents of 10 kB, 1.4 GiB for documents of 60 MB.
 """
-import glob
 import os
 import zlib
 from functools import partial
@@ -40,19 +39,11 @@ from functools import partial
 import numpy as np
 
 from configurator import configure
-from nanorank.data_folder import (
-    BadRecord,
-    add_bad,
-    check_range,
-    is_finished,
-    read_json,
-    refuse_other,
-    split_by_hash,
-)
+from nanorank.data_folder import BadRecord, add_bad, check_range, is_finished, split_by_hash
 from nanorank.errors import UserError, user_errors
 from nanorank.shards import only_process
 from nanorank.text_files import CHUNK, read_chunks, records_of, text_of
-from nanorank.text_sources import find_files, leave_out_twins, split_texts
+from nanorank.text_sources import find_texts, leave_out_twins, split_texts
 from nanorank.token_files import Part, finish
 from nanorank.tokenizer import encode, vocabulary
 
@@ -103,8 +94,6 @@ def main():
     made_with["input files"] = f"{len(files)} ({names:08x})"
 
     os.makedirs(folder, exist_ok=True)
-    for path in glob.glob(os.path.join(glob.escape(folder), "part_*.json")):
-        refuse_other(folder, read_json(path)["settings"], made_with)
     with only_process(os.path.join(folder, f".part_{shard_index:05d}.lock"), f"part {shard_index}"):
         part = Part(folder, made_with, dtype, files, shard_index, safe_interval)
         at_chunk = part.record["chunk"]
@@ -142,11 +131,11 @@ def find_all_files():
     files = []
     for split, places in (("val", val_source), ("test", test_source)):
         if places:
-            files += [file._replace(split=split) for file in find_files(places)]
+            files += [file._replace(split=split) for file in find_texts(places)]
     given = {file.split for file in files}
     paths = {os.path.realpath(file.path) for file in files}
 
-    found = sorted(find_files(source), key=lambda file: not file.split)
+    found = sorted(find_texts(source), key=lambda file: not file.split)
     for file in found:
         if file.split not in given and os.path.realpath(file.path) not in paths:
             files.append(file)

@@ -15,7 +15,7 @@ import tarfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 from nanorank.data_folder import SPLITS
 from nanorank.errors import UserError
-from nanorank.text_files import cut_short, first_line, need, open_input
-from nanorank.text_sources import HUB_ID, find_files, split_in_name
+from nanorank.inputs import HUB_ID, find_files, first_line, need, open_input, open_parquet, split_in_name
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CHUNK = 64  # images in a chunk
 ROWS = 256  # rows in a chunk of a .parquet file, at most; its row groups are read from their beginning
+BLOCK = 8 << 20  # bytes fetched from the hub at once
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK")  # first bytes of such files
 
 
@@ -224,10 +224,7 @@ def check_classes(places, label, source):
 def list_parquet(source, keys):
     """A Source from .parquet files: the split is in a file's name, the rest in its footer."""
     what = f"images ({', '.join(SUFFIXES)}) in class folders, or files in"
-    try:
-        files = find_files(source, (".parquet",), (), what)
-    except UserError as error:
-        raise explained(error, source) from None
+    files = find_files(source, (".parquet",), what=what)
     files = [file._replace(split=split_in_name(file.name) or "train") for file in files]
     paths = [file.path for file in files]
     with ThreadPoolExecutor(16) as pool:  # the hub's ImageNet has 300
@@ -262,7 +259,8 @@ def list_parquet(source, keys):
 
 def footer(path, image_key, label_key):
     """[(rows, highest label) of each row group] of a .parquet file, and the names of its classes or []."""
-    with parquet(path) as file:
+    with open_input(path, BLOCK) as raw:
+        file = open_parquet(raw, path, 1 << 20)
         schema = file.schema_arrow
         for key, flag in ((image_key, "--image_key"), (label_key, "--label_key")):
             if key not in schema.names:
@@ -285,32 +283,6 @@ def footer(path, image_key, label_key):
         about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = about.get("info", {}).get("features", {})
     return groups, list(features.get(label_key, {}).get("names") or [])
-
-
-@contextmanager
-def parquet(path):
-    """A .parquet file, here or on the hub, opened. Errors name it."""
-    try:
-        with open_input(path, 8 << 20) as raw:
-            yield need("pyarrow.parquet", path).ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)
-    except UserError:
-        raise
-    except Exception as error:  # of pyarrow and the hub's clients, a dozen kinds
-        raise explained(error, path, cut_short(path, error)) from None
-
-
-def explained(error, place, message=""):
-    """A UserError with `message`, or with what to do if the hub wants its terms accepted first."""
-    cause = error
-    while cause:
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if status in (401, 403) or type(cause).__name__ in ("GatedRepoError", "RepositoryNotFoundError"):
-            repo = re.match(r"[\w.-]+/[\w.-]+", place.removeprefix("hf://datasets/"))[0]
-            return UserError(f"the Hugging Face hub has no {repo}, or not for everyone: accept the terms at "
-                             f"https://huggingface.co/datasets/{repo}, then `hf auth login` or HF_TOKEN=...; "
-                             "or give --source=FOLDER_OR_TAR")
-        cause = cause.__cause__ or cause.__context__
-    return UserError(message or str(error))
 
 # -----------------------------------------------------------------------------
 # reading, in the workers
@@ -336,7 +308,8 @@ def read(chunk, keys):
 
 def read_rows(chunk, image_key, label_key):
     split, group, first = chunk.where
-    with parquet(chunk.path) as file:
+    with open_input(chunk.path, BLOCK) as raw:
+        file = open_parquet(raw, chunk.path, 1 << 20)
         batches = file.iter_batches(16, row_groups=[group], columns=[image_key, label_key], use_threads=False)
         rows = (row for batch in batches for row in batch.to_pylist())
         for i, row in enumerate(islice(rows, first, first + chunk.images), first):

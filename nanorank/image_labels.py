@@ -10,7 +10,7 @@ from collections import Counter
 
 from nanorank.errors import UserError
 from nanorank.image_files import CHUNK, cut, list_folder, list_tar
-from nanorank.text_files import need
+from nanorank.inputs import need
 
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 HOW = ("--val_labels=LOC_val_solution.csv (Kaggle's), or the devkit's folder "

@@ -1,7 +1,7 @@
 """
 Reads files of text, here or on the Hugging Face hub, in chunks, the same ones every time.
 
-    for file in find_files("folder,more.jsonl.zst"):    # nanorank/text_sources.py
+    for file in find_texts("folder,more.jsonl.zst"):    # nanorank/text_sources.py
         for chunk in read_chunks(file, text_key="text", max_bytes=64 << 20):
             chunk.data    # whole JSON lines or a piece of plain text (bytes), or a list of parquet values
 
@@ -9,7 +9,6 @@ Formats: .jsonl, .jsonl.zst, .jsonl.gz, .json.gz, .parquet, .txt, and where ther
 datasets' save_to_disk) and .csv. Unreadable input is a UserError that names the file.
 """
 import glob
-import importlib
 import io
 import json
 import math
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 from nanorank.data_folder import BadRecord
 from nanorank.errors import UserError
+from nanorank.inputs import Input, need, open_input, open_parquet
 
 try:
     from orjson import loads  # twice as fast as json
@@ -33,32 +33,6 @@ SUFFIXES = (*JSON_LINES, ".parquet", ".txt")
 DATASETS = {".arrow": "arrow", ".csv": "csv"}
 CHUNK = 1 << 20                   # bytes of input in a chunk
 OVERLONG = b"\0 too long"         # replaces a line that is too long; no JSON begins so
-
-
-def need(module, what):
-    """The module. Raises UserError that names the package to install if it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise UserError(f"{what} needs {package}: pip install {package}") from None
-
-
-def first_line(error):
-    """The first line of an exception's message, shortened."""
-    message = str(getattr(error, "strerror", None) or error).strip()
-    return (message or type(error).__name__).splitlines()[0][:150]
-
-# -----------------------------------------------------------------------------
-# files to chunks
-
-class Input(NamedTuple):
-    split: str  # split of its documents; empty: by hash
-    path: str   # to open; hf:// on the hub
-    name: str   # below its source, the same on all machines
-    size: int   # bytes
-    start: int = 0     # the first byte, and the one to stop at: a .txt file may be cut into splits
-    stop: int = 2**62
 
 
 class Chunk(NamedTuple):
@@ -83,36 +57,16 @@ def read_chunks(file, text_key, max_bytes, size=CHUNK):
     Raises UserError naming a file that is damaged or cut short.
     """
     first = 1
-    try:
-        with open_input(file.path, 32 << 20) as raw:
-            if file.name.endswith(JSON_LINES):
-                kind, blocks = "json", line_blocks(raw, file, size, max_bytes)
-            elif file.name.endswith((".parquet", *DATASETS)):
-                kind, blocks = "values", table_blocks(raw, file, size, text_key)
-            else:
-                kind, blocks = "text", text_blocks(raw, file, size)
-            for data, seen in blocks:
-                yield Chunk(kind, file, first, data, seen)
-                first += len(data) if kind == "values" else data.count(b"\n")
-    except UserError:
-        raise
-    except Exception as error:  # pyarrow, gzip, zlib and the hub's clients raise a dozen kinds
-        raise UserError(cut_short(file.path, error)) from None
-
-
-def open_input(path, block_size):
-    """A file here or on the hub, opened to read bytes; block_size: bytes fetched from the hub at once."""
-    if path.startswith("hf://"):
-        return need("huggingface_hub", path).HfFileSystem().open(path, block_size=block_size)
-    return open(path, "rb")
-
-
-def cut_short(path, error):
-    if "too much memory" in str(error):  # pyarrow's zstd takes a window of 128 MiB at most
-        return (f"{path}: was compressed with a zstd window beyond 128 MiB; write it anew: "
-                f"zstd -dc --long=31 {path} | zstd -o NEW")
-    return (f"{path}: damaged or cut short ({first_line(error)}); what is done is kept, "
-            "and the same command goes on once the file is whole")
+    with open_input(file.path, 32 << 20) as raw:
+        if file.name.endswith(JSON_LINES):
+            kind, blocks = "json", line_blocks(raw, file, size, max_bytes)
+        elif file.name.endswith((".parquet", *DATASETS)):
+            kind, blocks = "values", table_blocks(raw, file, size, text_key)
+        else:
+            kind, blocks = "text", text_blocks(raw, file, size)
+        for data, seen in blocks:
+            yield Chunk(kind, file, first, data, seen)
+            first += len(data) if kind == "values" else data.count(b"\n")
 
 
 def line_blocks(raw, file, size, max_bytes):
@@ -162,7 +116,7 @@ def last_start(block):
 def table_blocks(raw, file, size, text_key):
     """Yields (list of values, share of the rows read): about `size` bytes. The share is 0 for DATASETS."""
     if file.name.endswith(".parquet"):
-        table = need("pyarrow.parquet", file.path).ParquetFile(raw, pre_buffer=False, buffer_size=size)
+        table = open_parquet(raw, file.path, size)
         check_column(file, text_key, table.schema_arrow.names)
         batches = table.iter_batches(batch_size=64, columns=[text_key])
         n_rows = table.metadata.num_rows

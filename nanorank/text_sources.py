@@ -1,62 +1,24 @@
 """
-Finds files of text, here or on the Hugging Face hub, and says which split each belongs to.
+Finds files of text and says which split each belongs to.
 
-    files = find_files("folder,more.jsonl.zst")
+    files = find_texts("folder,more.jsonl.zst")
     files = split_texts(leave_out_twins(files), {"val": 0.02, "test": 0.02})
 """
 import filecmp
 import math
 import os
-import re
 import sysconfig
 from collections import defaultdict
 
-from nanorank.errors import UserError
-from nanorank.text_files import CHUNK, DATASETS, SUFFIXES, Input, first_line, last_start, need, open_input
-
-HUB_ID = r"\w[\w.-]*/\w[\w./-]*"  # org/name or org/name/folder
+from nanorank.inputs import find_files, open_input, walk
+from nanorank.text_files import CHUNK, DATASETS, SUFFIXES, last_start
 
 
-def find_files(places, suffixes=SUFFIXES, fallback=tuple(DATASETS), what="files in"):
-    """The files of a source, sorted, with `split` set to val or test if names say so.
-
-    places: the setting --source. fallback: suffixes to look for where a place has none of the first. Raises
-    UserError if there are no files; what: words before the suffixes.
-    """
+def find_texts(places):
+    """The files of a source of text, with `split` set if names say so. places: the setting --source."""
     if places in ("python", "packages"):
         return installed_files(places)
-    found = []
-    for place in places.split(","):
-        if os.path.isdir(place):
-            files = walk(place, (*suffixes, *fallback))
-        elif os.path.exists(place):
-            files = [Input("", place, os.path.basename(place), os.path.getsize(place))]
-        elif re.fullmatch(HUB_ID, place) and not place.endswith((*suffixes, *fallback)):
-            files = hub_files(place)
-        else:
-            raise UserError(f"--source={place}: no such file or folder, "
-                            "and no Hugging Face id (org/name) either")
-        chosen = [file for file in files if file.name.endswith(suffixes)]
-        if not chosen:
-            chosen = [file for file in files if file.name.endswith(fallback)]
-        if not chosen:
-            raise UserError(f"{place}: expects {what} {', '.join((*suffixes, *fallback))}")
-
-        # val and test in a name mean splits only if other names hold train
-        splits = [split_in_name(file.name) for file in chosen]
-        for file, split in zip(chosen, splits):
-            if split == "train" or "train" not in splits:
-                split = ""
-            found.append(file._replace(split=split))
-    return found
-
-
-def split_in_name(name):
-    """train, val, test, or empty if a file's name says nothing."""
-    for split, words in (("train", "train"), ("val", "val|valid|validation|dev"), ("test", "test")):
-        if re.search(rf"(^|[/._-])({words})([/._-]|\d|$)", name):
-            return split
-    return ""
+    return find_files(places, SUFFIXES, tuple(DATASETS))
 
 
 def installed_files(which):
@@ -65,40 +27,6 @@ def installed_files(which):
     files = walk(sysconfig.get_path("stdlib"), (".py",), without=tests_and_packages)
     if which == "packages":
         files += walk(sysconfig.get_path("purelib"), (".py", ".pyi", ".md", ".rst", ".txt"))
-    return files
-
-
-def walk(root, suffixes, without=()):
-    """The files below a folder, sorted by name; hidden ones and the folders `without` are left out."""
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
-        for name in names:
-            if name.endswith(suffixes) and not name.startswith("."):
-                path = os.path.join(folder, name)
-                files.append(Input("", path, os.path.relpath(path, root), os.path.getsize(path)))
-    return sorted(files, key=lambda file: file.name)
-
-
-def hub_files(place):
-    """The files of a Hugging Face dataset, org/name or org/name/folder, at its newest revision.
-
-    Their paths hold that revision, so that all machines and restarts read the same bytes.
-    """
-    hub = need("huggingface_hub", f"--source={place}")
-    org, name, *folders = place.rstrip("/").split("/")
-    repo = f"{org}/{name}"
-    below = "".join(f"{folder}/" for folder in folders)
-    try:
-        info = hub.HfApi().dataset_info(repo, files_metadata=True, timeout=10)
-    except Exception as error:  # of httpx, requests or huggingface_hub, as versions differ
-        raise UserError(f"{place} is no file or folder here, and the Hugging Face hub did not give it: "
-                        f"{first_line(error)}") from None
-    files = []
-    for file in sorted(info.siblings, key=lambda file: file.rfilename):
-        if file.rfilename.startswith(below):
-            path = f"hf://datasets/{repo}@{info.sha}/{file.rfilename}"
-            files.append(Input("", path, file.rfilename, file.size or 1))
     return files
 
 

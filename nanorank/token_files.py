@@ -5,12 +5,13 @@ Writes the token files and meta.json of prepare_pile.py; a kill costs what follo
     part.fill(work, jobs, total, "B", workers, most_bytes)     # nanorank/shards.py
     finish(folder, made_with, own, about, shard_index=0)       # meta.json, once all parts are there
 """
+import glob
 import os
 import zlib
 
 import numpy as np
 
-from nanorank.data_folder import SPLITS, join_bad, read_json, write_meta
+from nanorank.data_folder import SPLITS, join_bad, read_json, refuse_other, write_meta
 from nanorank.errors import UserError
 from nanorank.shards import RecordedFiles
 
@@ -22,6 +23,8 @@ class Part(RecordedFiles):
     """
 
     def __init__(self, folder, made_with, dtype, inputs, shard_index, safe_interval):
+        for path in glob.glob(os.path.join(glob.escape(folder), "part_*.json")):
+            refuse_other(folder, read_json(path)["settings"], made_with)
         self.inputs = inputs
         self.shard_tokens = made_with["shard_tokens"]
         self.prefix = f"part{shard_index:03d}_" if made_with["num_shards"] > 1 else ""

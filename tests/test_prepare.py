@@ -216,7 +216,8 @@ def test_hub(tmp_path):
     with hub(tmp_path) as server:
         result = server.run(*command, "--source=org/pile")
         assert result.returncode == 0, result.stderr
-        one_line_exit_2(server.run(*command, "--source=org/other", "--dataset=y"), "hub did not give it: 404")
+        other = server.run(*command, "--source=org/other", "--dataset=y")
+        one_line_exit_2(other, "hub has no org/other, or not for everyone", "hf auth login")
         away = server.run(*command, "--source=org/pile", "--dataset=y", url="http://127.0.0.1:9")
         one_line_exit_2(away, "hub did not give it: [Errno")
     expected = {"train": parts["train/00"] + parts["train/01"], "val": parts["val"], "test": parts["test"]}

@@ -256,7 +256,7 @@ def test_hub(tmp_path):
         for repo in ("org/gated", "org/absent"):
             terms = f"accept the terms at https://huggingface.co/datasets/{repo}, then `hf auth login`"
             refused = server.run(*command, f"--source={repo}", "--dataset=y")
-            one_line_exit_2(refused, terms, "HF_TOKEN", "--source=FOLDER_OR_TAR")
+            one_line_exit_2(refused, terms, "HF_TOKEN", "--source=FOLDER")
         away = server.run(*command, "--source=org/images", "--dataset=y", url="http://127.0.0.1:9")
         one_line_exit_2(away, "hub did not give it: [Errno")
         by_datasets = server.run("-c", READ_BY_DATASETS)
