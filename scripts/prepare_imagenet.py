@@ -35,7 +35,8 @@ sample of 100, some of which are smaller than 256:
 256 is the least for the published evaluation: short side to 256, then a crop of 224.
 
 Restart: after a kill, run the same command again. It goes on from the last safe point and ends in the
-same bytes as an undisturbed run. meta.json is written last; no trainer reads a folder without it.
+same bytes as an undisturbed run. meta.json is written last; no trainer reads a folder without it. On a
+finished folder the same command verifies all checksums.
 
 Memory: 2 chunks of 64 images for each worker, 17 MB each at 256, and the list of images. Measured, all
 processes together: 310 MiB with 2 workers at 256, and 0.4 GiB more for 1.28 million files in a folder

@@ -555,7 +555,10 @@ def test_finished_is_left_alone_and_other_settings_are_refused(prepare, tmp_path
     status, output = prepare(source=many, dataset="killed")
     assert status == 0 and "is finished, nothing to do" in output
     one_line(prepare(source=many, dataset="killed", test_fraction=0.1), "--test_fraction=0.2, not 0.1")
-    os.truncate(tmp_path / "data" / "killed" / "train.bin", 10)
+    pixels = tmp_path / "data" / "killed" / "train.bin"
+    pixels.write_bytes(bytes([pixels.read_bytes()[0] ^ 1]) + pixels.read_bytes()[1:])
+    one_line(prepare(source=many, dataset="killed", test_fraction=0.2), "train.bin is damaged, its checksum")
+    os.truncate(pixels, 10)
     missing = "train.bin holds 10 bytes, not the"
     one_line(prepare(source=many, dataset="killed", test_fraction=0.2), missing)
 
