@@ -28,8 +28,8 @@ JSON_LINES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst")
 SUFFIXES = (*JSON_LINES, ".parquet", ".txt")
 # Formats that the datasets library reads, where a place has none of the above. On those it would break a
 # promise: its text builder turns "\r\n" into "\n", stops at invalid UTF-8, holds a line of any length (1.8 GB
-# for one of 300 MB), and takes no .zst, which the Pile is, without another package. Its parquet builder holds row groups whole
-# (1.5 GB for 518 MB of text, where pyarrow's reader takes 0.1 GB).
+# for one of 300 MB), and takes none of the Pile's .zst without another package. Its parquet builder holds
+# row groups whole (1.5 GB for 518 MB of text, where pyarrow's reader takes 0.1 GB).
 DATASETS = {".arrow": "arrow", ".csv": "csv"}
 CHUNK = 1 << 20                   # bytes of input in a chunk
 OVERLONG = b"\0 too long"         # replaces a line that is too long; no JSON begins so
