@@ -9,6 +9,7 @@ Formats: .jsonl, .jsonl.zst, .jsonl.gz, .json.gz, .parquet, .txt, and where ther
 datasets' save_to_disk) and .csv. Unreadable input is a UserError that names the file.
 """
 import glob
+import gzip
 import io
 import json
 import math
@@ -72,9 +73,10 @@ def read_chunks(file, text_key, max_bytes, size=CHUNK):
 def line_blocks(raw, file, size, max_bytes):
     """Yields (whole lines, share of the file read): `size` bytes and up to a line more."""
     text = raw
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(file.name)[1])
-    if codec:  # pyarrow's stream notices a truncated file, zstandard's does not
-        text = io.BufferedReader(need("pyarrow", file.path).CompressedInputStream(raw, codec), size)
+    if file.name.endswith(".gz"):  # pyarrow's stream refuses gzip's padding
+        text = gzip.GzipFile(fileobj=raw)
+    elif file.name.endswith(".zst"):  # pyarrow's stream notices a truncated file, zstandard's does not
+        text = io.BufferedReader(need("pyarrow", file.path).CompressedInputStream(raw, "zstd"), size)
     rest = bytearray()  # a line whose end is not yet read
     while block := text.read(size):
         end = block.rfind(b"\n") + 1

@@ -153,7 +153,7 @@ def test_format(prepare, tmp_path, suffix):
         frames = [pa.compress(part, codec="zstd", asbytes=True) for part in (plain[:5000], plain[5000:])]
         path.write_bytes(b"".join(frames))
     elif suffix in (".jsonl.gz", ".json.gz"):
-        path.write_bytes(gzip.compress(plain[:5000]) + gzip.compress(plain[5000:]))
+        path.write_bytes(gzip.compress(plain[:5000]) + gzip.compress(plain[5000:]) + bytes(512))  # padded
     else:
         path = tmp_path / "plain.jsonl"
     assert prepare(source=path, **NO_SPLIT)[0] == 0
