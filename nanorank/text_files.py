@@ -34,6 +34,7 @@ SUFFIXES = (*JSON_LINES, ".parquet", ".txt")
 DATASETS = {".arrow": "arrow", ".csv": "csv"}
 CHUNK = 1 << 20                   # bytes of input in a chunk
 OVERLONG = b"\0 too long"         # replaces a line that is too long; no JSON begins so
+BOM = b"\xef\xbb\xbf"            # what Windows' editors put before UTF-8; it is no part of the text
 
 
 class Chunk(NamedTuple):
@@ -158,20 +159,22 @@ def check_column(file, text_key, columns):
 
 def records_of(chunk):
     """Yields (number in the file, record): lines that are not blank, values, or one piece of plain text."""
-    if chunk.kind == "text":
-        yield chunk.first, chunk.data
+    if chunk.kind == "values":
+        yield from enumerate(chunk.data, chunk.first)
         return
-    records = chunk.data.split(b"\n") if chunk.kind == "json" else chunk.data
-    for number, record in enumerate(records, chunk.first):
-        if chunk.kind == "values" or record.strip():
-            yield number, record
+    data = chunk.data
+    if chunk.first == 1:
+        data = data.removeprefix(BOM)
+    if chunk.kind == "text":
+        yield chunk.first, data
+        return
+    for number, line in enumerate(data.split(b"\n"), chunk.first):
+        if line.strip():
+            yield number, line
 
 
 def text_of(record, kind, text_key, max_bytes):
-    """The text of a record, as str and as UTF-8. Raises BadRecord with the reason if it has none.
-
-    A byte-order mark, which Windows' editors put before UTF-8, is no part of the text.
-    """
+    """The text of a record, as str and as UTF-8. Raises BadRecord with the reason if it has none."""
     if record == OVERLONG:
         raise BadRecord("longer than --max_document_mb")
     text = record
@@ -179,7 +182,7 @@ def text_of(record, kind, text_key, max_bytes):
         if kind == "json":
             text = parse(record)[text_key]
         elif kind == "text":
-            text = record.decode("utf-8-sig")
+            text = record.decode()
     except UnicodeDecodeError:
         raise BadRecord("invalid UTF-8") from None
     except KeyError:
@@ -203,5 +206,5 @@ def text_of(record, kind, text_key, max_bytes):
 def parse(line):
     try:
         return loads(line)
-    except ValueError:  # orjson refuses lone surrogates and byte-order marks
-        return json.loads(line.decode("utf-8-sig"))
+    except ValueError:  # orjson refuses lone surrogates
+        return json.loads(line.decode())
