@@ -32,22 +32,19 @@ Memory: 2 chunks of 1 MiB for each worker and some 20 times the longest document
 --max_document_mb bounds; it does not grow with the input. Measured with 2 workers, all processes
 together: 320 MiB for 2 GB of documents of 10 kB, 1.4 GiB for documents of 60 MB.
 """
-import glob
 import os
-import sys
 import zlib
 from functools import partial
 
 import numpy as np
-from tqdm import tqdm
 
 from configurator import configure
-from nanorank import shards
-from nanorank.console import StopSignal
+from nanorank.data_folder import BadRecord, add_bad, check_range, is_finished, split_by_hash
 from nanorank.errors import UserError, user_errors
+from nanorank.shards import only_process
 from nanorank.text_files import CHUNK, read_chunks, records_of, text_of
-from nanorank.text_sources import find_files, leave_out_twins, split_texts
-from nanorank.token_files import Part, finish, verify
+from nanorank.text_sources import find_texts, leave_out_twins, split_texts
+from nanorank.token_files import Part, finish
 from nanorank.tokenizer import encode, vocabulary
 
 # -----------------------------------------------------------------------------
@@ -71,9 +68,9 @@ workers = 0                 # processes that tokenise; 0: one per core
 safe_interval = 10.0        # seconds between safe points: the work that a kill can cost
 # -----------------------------------------------------------------------------
 
-# the settings that the ids depend on
 FEW = 300  # .txt files: fewer are too few documents to be sure that by hash each split has some
 
+# the settings that the ids depend on
 MADE_WITH = ("source", "val_source", "test_source", "val_fraction", "test_fraction", "text_key",
              "max_document_mb", "tokenizer")
 
@@ -85,8 +82,7 @@ def main():
     if name == "auto":
         name = "python" if source == "python" else "pile"
     folder = os.path.join(data_dir, name)
-    if os.path.exists(os.path.join(folder, "meta.json")):
-        verify(folder, made_with)
+    if is_finished(folder, made_with):
         return
 
     vocab_size, eot = vocabulary(made_with["tokenizer"])
@@ -98,20 +94,21 @@ def main():
     made_with["input files"] = f"{len(files)} ({names:08x})"
 
     os.makedirs(folder, exist_ok=True)
-    for path in glob.glob(os.path.join(glob.escape(folder), "part_*.json")):
-        shards.refuse_other(folder, shards.read_json(path)["settings"], made_with)
-    with shards.only_process(os.path.join(folder, f".part_{shard_index:05d}.lock"), f"part {shard_index}"):
+    with only_process(os.path.join(folder, f".part_{shard_index:05d}.lock"), f"part {shard_index}"):
         part = Part(folder, made_with, dtype, files, shard_index, safe_interval)
-        stop = StopSignal()
-        if not part.record["done"]:
-            tokenise(part, files, stop)
-        if part.record["done"]:
-            own = {file.split for file in files if file.split and not file.start}
-            about = {"vocab_size": vocab_size, "eot": eot, "dtype": dtype}
-            finish(folder, made_with, own, about, shard_index)
-    if not part.record["done"]:
-        print(f"stopped by signal {stop.signal}; the same command goes on from here", flush=True)
-        raise SystemExit(128 + stop.signal)
+        at_chunk = part.record["chunk"]
+        if at_chunk and not part.record["done"]:
+            path = files[part.record["file"]].path
+            print(f"going on after chunk {at_chunk} of {path}: {part.tokens():,} tokens are done", flush=True)
+        work = partial(encode_chunk, tokenizer=made_with["tokenizer"], dtype=dtype, share=shares(files),
+                       text_key=text_key, max_bytes=max_document_mb << 20)
+        jobs = partial(unread_chunks, part, files)
+        total = sum(files[i].size for i in my_files(files))
+        part.fill(work, jobs, total, "B", workers, CHUNK)
+
+        own = {file.split for file in files if file.split and not file.start}
+        about = {"vocab_size": vocab_size, "eot": eot, "dtype": dtype}
+        finish(folder, made_with, own, about, shard_index)
 
 
 def check_settings():
@@ -119,7 +116,7 @@ def check_settings():
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
         raise UserError(f"--val_fraction={val_fraction}, --test_fraction={test_fraction}: "
                         "expects shares that leave some to train")
-    shards.check_range(globals(), num_shards=1, shard_index=0, shard_tokens=1, max_document_mb=1, workers=0)
+    check_range(globals(), num_shards=1, shard_index=0, shard_tokens=1, max_document_mb=1, workers=0)
     if shard_index >= num_shards:
         raise UserError(f"--shard_index={shard_index}: expects 0 to {num_shards - 1} "
                         f"with --num_shards={num_shards}")
@@ -134,11 +131,11 @@ def find_all_files():
     files = []
     for split, places in (("val", val_source), ("test", test_source)):
         if places:
-            files += [file._replace(split=split) for file in find_files(places)]
+            files += [file._replace(split=split) for file in find_texts(places)]
     given = {file.split for file in files}
     paths = {os.path.realpath(file.path) for file in files}
 
-    found = sorted(find_files(source), key=lambda file: not file.split)
+    found = sorted(find_texts(source), key=lambda file: not file.split)
     for file in found:
         if file.split not in given and os.path.realpath(file.path) not in paths:
             files.append(file)
@@ -148,7 +145,7 @@ def find_all_files():
 
     by_hash = [file for file in files if not file.split]
     texts = [file for file in by_hash if file.name.endswith(".txt")]
-    are_few = len(texts) == len(by_hash) < FEW and source not in ("python", "packages")
+    are_few = len(texts) == len(by_hash) < FEW
     about = [f"{len(files)} files, {sum(file.size for file in files) / 1e6:,.1f} MB"]
     for split, share in shares(files).items():
         n = sum(file.split == split for file in files)
@@ -167,41 +164,6 @@ def shares(files):
     return {split: 0.0 if split in own else share[split] for split in share}
 
 
-def tokenise(part, files, stop):
-    """Reads chunks, has workers encode them, appends the ids, until all is done or a signal comes."""
-    at_chunk = part.record["chunk"]
-    if at_chunk:
-        path = files[part.record["file"]].path
-        print(f"going on after chunk {at_chunk} of {path}: {part.tokens():,} tokens are done", flush=True)
-    work = partial(encode_chunk, tokenizer=part.record["settings"]["tokenizer"], dtype=part.dtype,
-                   share=shares(files), text_key=text_key, max_bytes=max_document_mb << 20)
-    total = sum(files[i].size for i in my_files(files))  # bytes
-    often = 0.5 if sys.stderr.isatty() else 10           # seconds
-    tokens_before = part.tokens()
-    bar = None
-
-    def jobs():
-        nonlocal bar
-        for seen, i, number, chunk in unread_chunks(part, files, stop):
-            if bar is None:  # begun only now: skipped chunks must not count as speed
-                bar = tqdm(total=total, initial=seen, unit="B", unit_scale=True, mininterval=often)
-            yield chunk.size(), chunk, (seen, i, number)
-
-    def take(encoded, seen, i, number):
-        part.add(*encoded, i, number)
-        speed = (part.tokens() - tokens_before) / max(bar.format_dict["elapsed"], 1e-9)
-        bar.set_postfix_str(f"{part.tokens():,} tokens, {speed / 1e6:.2f} M tokens/s", refresh=False)
-        bar.update(seen - bar.n)
-
-    try:
-        if shards.run_in_order(work, jobs(), take, part.save, stop, workers, CHUNK):
-            part.record["done"] = True
-            part.save()
-    finally:
-        if bar:
-            bar.close()
-
-
 def my_files(files):
     """Numbers of the files that this part reads. With fewer files than parts, each part reads all of them."""
     if len(files) < num_shards:
@@ -210,46 +172,44 @@ def my_files(files):
 
 
 def unread_chunks(part, files, stop):
-    """Yields (bytes read so far, file number, chunk number, chunk) of this part after what is recorded."""
+    """The jobs of Part.fill: the chunks of this part after those recorded. Ends after a signal."""
     by_file = len(files) >= num_shards  # else a part takes every num_shards-th chunk
-    at_file = part.record["file"]
-    at_chunk = part.record["chunk"]
-    before = 0
+    at = part.record["file"], part.record["chunk"]
+    before = 0  # bytes
     for i in my_files(files):
-        chunks = read_chunks(files[i], text_key, max_document_mb << 20, CHUNK) if i >= at_file else ()
+        chunks = read_chunks(files[i], text_key, max_document_mb << 20, CHUNK) if i >= at[0] else ()
         for number, chunk in enumerate(chunks, 1):
             if stop.signal:
                 return
-            recorded = i == at_file and number <= at_chunk
-            mine = by_file or (i + number) % num_shards == shard_index
-            if mine and not recorded:
-                yield int(before + files[i].size * chunk.seen), i, number, chunk
+            is_mine = by_file or (i + number) % num_shards == shard_index
+            if is_mine and (i, number) > at:
+                yield chunk.size(), chunk, (i, number), int(before + files[i].size * chunk.seen)
         before += files[i].size
 
 # -----------------------------------------------------------------------------
 # text to ids, in the workers
 
 def encode_chunk(chunk, tokenizer, dtype, share, text_key, max_bytes):
-    """{split: (documents, ids as bytes)} and {reason: (bad records, numbers of the first)}.
+    """{split: (documents, ids as bytes)} and the bad records as add_bad counts them.
 
     A pure function of its arguments: workers do not see the settings.
     """
     texts = {}  # split: its texts
-    bad = {}    # reason: numbers of records
+    bad = {}
     for number, record in records_of(chunk):
         try:
             text, utf8 = text_of(record, chunk.kind, text_key, max_bytes)
-        except shards.BadRecord as error:
-            bad.setdefault(str(error), []).append(number)
+        except BadRecord as error:
+            add_bad(bad, str(error), [f"{chunk.file.path}:{number}"])
             continue
-        split = chunk.split or shards.split_by_hash(utf8, share)
+        split = chunk.file.split or split_by_hash(utf8, share)
         texts.setdefault(split, []).append(text)
 
     little_endian = np.dtype(dtype).newbyteorder("<")
     encoded = {}
     for split, some in texts.items():
         encoded[split] = len(some), encode(some, tokenizer).astype(little_endian).tobytes()
-    return encoded, {reason: (len(numbers), numbers[:shards.NAMED]) for reason, numbers in bad.items()}
+    return encoded, bad
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import zlib
 from collections import Counter
 
 from nanorank.errors import UserError
-from nanorank.image_files import CHUNK, Chunk, list_folder, list_tar
-from nanorank.text_files import need
+from nanorank.image_files import CHUNK, cut, list_folder, list_tar
+from nanorank.inputs import need
 
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 HOW = ("--val_labels=LOC_val_solution.csv (Kaggle's), or the devkit's folder "
@@ -50,10 +50,7 @@ def add_validation(source, place, labels):
     for why, count in left_out.items():
         print(f"note: {count:,} images of --val_source are left out ({why})", flush=True)
 
-    chunks = list(source.chunks)
-    for first in range(0, len(pictures), CHUNK):
-        some = pictures[first:first + CHUNK]
-        chunks.append(Chunk("files", place, len(some), some))
+    chunks = source.chunks + cut("files", place, pictures, CHUNK)
     return source._replace(counts=source.counts + Counter(val=len(pictures)), chunks=chunks, names=names)
 
 

@@ -1,15 +1,16 @@
 """
-The parts that both prepare scripts share: ordered work on all cores, files that survive a kill, checks.
+The two parts that both prepare scripts share: ordered work on all cores, and files that survive a kill.
 
-    finished = run_in_order(work, jobs, take, save, stop, workers, most_bytes)
+    with only_process(lock):
+        part = Part(path, record, safe_interval)               # a subclass of RecordedFiles
+        part.fill(work, jobs, total, unit, workers, most_bytes)
+        write_meta(folder, meta, records=[path])                # nanorank/data_folder.py
 
 The scripts read the same chunks in the same order every time and append the results in that order. A restart
 therefore needs only the number of the last chunk that is safely written.
 """
 import contextlib
 import gc
-import glob
-import json
 import multiprocessing
 import os
 import signal
@@ -21,17 +22,19 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from tqdm import tqdm
+
+from nanorank.console import StopSignal
+from nanorank.data_folder import files_of, n_bytes, read_json, refuse_other, remove_strays
 from nanorank.errors import UserError
 from nanorank.files import lock_file, save_json, writing
-
-SPLITS = ("train", "val", "test")
-NAMED = 5  # bad records named, per reason
+from nanorank.tokens import check_file_size
 
 # -----------------------------------------------------------------------------
 # work on all cores
 
 def run_in_order(work, jobs, take, save, stop, workers, most_bytes):
-    """Calls take(work(item), *place) for each (size, item, place) of `jobs`, in order. True if all are done.
+    """Calls take(work(item), *place) for each (size, item, *place) of `jobs`, in order. True if all are done.
 
     work runs in other processes and is a pure function that pickles. `jobs`, take and save run here.
     stop: a StopSignal. After a signal no new job is handed out, and the result is False.
@@ -43,7 +46,7 @@ def run_in_order(work, jobs, take, save, stop, workers, most_bytes):
     """
     workers = workers or n_cores()
     most_jobs = 2 * workers + 4
-    pending = deque()  # (size, future, place), the oldest first
+    pending = deque()  # (size, future, *place), the oldest first
     in_flight = 0      # bytes
     jobs = iter(jobs)
     read_error = None
@@ -66,12 +69,12 @@ def run_in_order(work, jobs, take, save, stop, workers, most_bytes):
             while job or pending:
                 full = len(pending) >= most_jobs or job and in_flight + job[0] > most_jobs * most_bytes
                 if pending and (full or not job):
-                    size, future, place = pending.popleft()
+                    size, future, *place = pending.popleft()
                     take(future.result(), *place)
                     in_flight -= size
                 else:
-                    size, item, place = job
-                    pending.append((size, pool.submit(work, item), place))
+                    size, item, *place = job
+                    pending.append((size, pool.submit(work, item), *place))
                     in_flight += size
                     job = next_job()
     except BrokenProcessPool:
@@ -129,14 +132,16 @@ class RecordedFiles:
     record. After a kill the files are cut back to it. A file is called NAME.tmp until the record says that it
     is full.
 
-    The record is {"settings": ..., "done": bool, "splits": {split: {"files": [{"name": ..., "crc32": ...}]}}}
-    and what the subclass adds. The subclass defines n_bytes(file) and is_full(file) for an entry of "files".
+    The record is {"settings": ..., "done": bool, "splits": {split: {"files": [{"name": ..., "crc32": ...,
+    "bytes" or "tokens": ...}]}}} and what the subclass adds. The subclass defines add(made, bad, *at), which
+    appends a result, and progress(seconds), a text for the progress bar.
     Raises UserError if the record was begun with other settings, or if the files do not fit it.
     """
 
-    def __init__(self, path, new_record, safe_interval):
+    def __init__(self, path, new_record, safe_interval, dtype="uint8"):
         self.path = path
         self.folder = os.path.dirname(path)
+        self.dtype = dtype  # of the tokens
         self.safe_interval = safe_interval  # seconds
         self.saved = time.monotonic()
         self.open = {}  # name: the file that is appended to
@@ -150,13 +155,53 @@ class RecordedFiles:
             if not begun:
                 self.begin(file)
             elif self.is_full(file):
-                check_size(os.path.join(self.folder, file["name"]), self.n_bytes(file),
-                           f"delete {self.folder} to begin anew")
+                check_file_size(os.path.join(self.folder, file["name"]), n_bytes(file, dtype),
+                                f"delete {self.folder} to begin anew")
             else:
                 self.reopen(file)
 
+    def fill(self, work, jobs, total, unit, workers, most_bytes):
+        """Appends work(item) for each job, unless all are done. A signal ends the process at a safe point.
+
+        jobs: a function of a StopSignal that yields (bytes in memory, item, at, seen) after what is recorded.
+        at: arguments for add; seen: how much of `total`, in units, has been read then.
+        """
+        if self.record["done"]:
+            return
+        stop = StopSignal()
+        bar = None
+
+        def begun():
+            nonlocal bar
+            for job in jobs(stop):
+                if bar is None:  # only now: what is skipped must not count as speed
+                    often = 0.5 if sys.stderr.isatty() else 10  # seconds
+                    bar = tqdm(total=total, initial=job[-1], unit=unit, unit_scale=True, mininterval=often)
+                yield job
+
+        def take(result, at, seen):
+            self.add(*result, *at)
+            if time.monotonic() - self.saved >= self.safe_interval:
+                self.save()
+            bar.set_postfix_str(self.progress(bar.format_dict["elapsed"]), refresh=False)
+            bar.update(seen - bar.n)
+
+        try:
+            done = run_in_order(work, begun(), take, self.save, stop, workers, most_bytes)
+        finally:
+            if bar:
+                bar.close()
+        if not done:
+            print(f"stopped by signal {stop.signal}; the same command goes on from here", flush=True)
+            raise SystemExit(128 + stop.signal)
+        self.record["done"] = True
+        self.save()
+
+    def is_full(self, file):
+        return self.record["done"]
+
     def files(self):
-        return [file for split in self.record["splits"].values() for file in split["files"]]
+        return files_of(self.record)
 
     def temporary(self, file):
         return os.path.join(self.folder, file["name"]) + ".tmp"
@@ -167,7 +212,7 @@ class RecordedFiles:
     def reopen(self, file):
         """Opens a file behind its recorded bytes and cuts off any that come later."""
         path = self.temporary(file)
-        size = self.n_bytes(file)
+        size = n_bytes(file, self.dtype)
         if not os.path.exists(path) or os.path.getsize(path) < size:
             raise UserError(f"{path} is missing or shorter than {self.path} says: "
                             f"delete {self.folder} to begin anew")
@@ -182,9 +227,6 @@ class RecordedFiles:
         with writing(stream.name):
             stream.write(data)
         file["crc32"] = f"{zlib.crc32(data, int(file['crc32'], 16)):08x}"
-
-    def is_due(self):
-        return time.monotonic() - self.saved >= self.safe_interval
 
     def save(self):
         """A safe point: first the files, then the record, then the names of full files."""
@@ -202,83 +244,3 @@ class RecordedFiles:
                 os.replace(self.temporary(file), os.path.join(self.folder, file["name"]))
                 if file["name"] in self.open:
                     self.open.pop(file["name"]).close()
-
-
-def remove_strays(path):
-    """Removes what kills left of earlier tries to write a file. No other process may be writing it."""
-    for stray in glob.glob(glob.escape(path) + ".tmp*"):
-        os.unlink(stray)
-
-
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:
-        folder = os.path.dirname(path)
-        raise UserError(f"{path} is damaged ({error}): delete {folder} to begin anew") from None
-
-# -----------------------------------------------------------------------------
-# checks
-
-def check_range(settings, **least):
-    """Raises UserError for a setting below its least value, and for a --dataset that is not a plain name."""
-    for name, value in least.items():
-        if settings[name] < value:
-            raise UserError(f"--{name}={settings[name]}: expects {value} or more")
-    dataset = settings["dataset"]
-    if dataset != os.path.basename(dataset) or dataset in ("", ".", ".."):
-        raise UserError(f"--dataset={dataset}: expects a plain name; --data_dir says where its folder lies")
-
-
-def refuse_other(folder, theirs, ours):
-    """Raises UserError that names the first setting in which a folder begun earlier differs from this run."""
-    for name, value in ours.items():
-        before = theirs.get(name, "")  # a setting that is newer than the folder
-        if before != value:
-            flag = name if " " in name else f"--{name}"
-            raise UserError(f"{folder} was made with {flag}={before}, not {value}: "
-                            "take another --dataset or delete it")
-
-
-def check_size(path, size, fix):
-    """Raises UserError if a file that was written does not hold `size` bytes; fix: what to do about it."""
-    if not os.path.exists(path) or os.path.getsize(path) != size:
-        raise UserError(f"{path} is missing or not as long as it was: {fix}")
-
-# -----------------------------------------------------------------------------
-# records (documents, images)
-
-class BadRecord(ValueError):
-    """A document or image that is left out. The message is the reason, under which meta.json counts it."""
-
-
-def add_bad(bad, reason, count, places):
-    """Counts bad records in `bad`, {reason: {"count": n, "first": [places of the first few]}}."""
-    entry = bad.setdefault(reason, {"count": 0, "first": []})
-    entry["count"] += count
-    for place in places[:NAMED - len(entry["first"])]:
-        entry["first"].append(place.encode("utf-8", "backslashreplace").decode())
-
-
-def bad_line(bad, what="records"):
-    """One line on all bad records, to follow another; empty if there are none."""
-    reasons = []
-    for reason, entry in bad.items():
-        places = list(entry["first"])
-        if entry["count"] > len(places):
-            places.append("...")
-        reasons.append(f"{entry['count']:,} {reason} ({', '.join(places)})")
-    if not reasons:
-        return ""
-    return f"; bad {what}, left out: " + "; ".join(reasons)
-
-
-def split_by_hash(data, share):
-    """The split of a document or image, by the CRC32 of its bytes; share: {"val": 0.02, "test": 0.02}."""
-    u = zlib.crc32(data) / 2**32  # in [0, 1)
-    if u < share["test"]:
-        return "test"
-    if u < share["test"] + share["val"]:
-        return "val"
-    return "train"

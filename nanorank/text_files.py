@@ -1,7 +1,7 @@
 """
 Reads files of text, here or on the Hugging Face hub, in chunks, the same ones every time.
 
-    for file in find_files("folder,more.jsonl.zst"):    # nanorank/text_sources.py
+    for file in find_texts("folder,more.jsonl.zst"):    # nanorank/text_sources.py
         for chunk in read_chunks(file, text_key="text", max_bytes=64 << 20):
             chunk.data    # whole JSON lines or a piece of plain text (bytes), or a list of parquet values
 
@@ -10,16 +10,15 @@ datasets' save_to_disk) and .csv. Unreadable input is a UserError that names the
 """
 import glob
 import gzip
-import importlib
 import io
-import itertools
 import json
 import math
 import os
 from typing import NamedTuple
 
+from nanorank.data_folder import BadRecord
 from nanorank.errors import UserError
-from nanorank.shards import BadRecord
+from nanorank.inputs import Input, need, open_input, open_parquet
 
 try:
     from orjson import loads  # twice as fast as json
@@ -30,51 +29,25 @@ JSON_LINES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst")
 SUFFIXES = (*JSON_LINES, ".parquet", ".txt")
 # Formats that the datasets library reads, where a place has none of the above. On those it would break a
 # promise: its text builder turns "\r\n" into "\n", stops at invalid UTF-8, holds a line of any length (1.8 GB
-# for one of 300 MB), and takes no .zst without another package. Its parquet builder holds row groups whole
-# (1.5 GB for 518 MB of text, where pyarrow's reader takes 0.1 GB).
+# for one of 300 MB), and takes none of the Pile's .zst without another package. Its parquet builder holds
+# row groups whole (1.5 GB for 518 MB of text, where pyarrow's reader takes 0.1 GB).
 DATASETS = {".arrow": "arrow", ".csv": "csv"}
 CHUNK = 1 << 20                   # bytes of input in a chunk
 OVERLONG = b"\0 too long"         # replaces a line that is too long; no JSON begins so
 BOM = b"\xef\xbb\xbf"            # what Windows' editors put before UTF-8; it is no part of the text
 
 
-def need(module, what):
-    """The module. Raises UserError that names the package to install if it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise UserError(f"{what} needs {package}: pip install {package}") from None
-
-
-def first_line(error):
-    """The first line of an exception's message, shortened."""
-    message = str(getattr(error, "strerror", None) or error).strip()
-    return (message or type(error).__name__).splitlines()[0][:150]
-
-# -----------------------------------------------------------------------------
-# files to chunks
-
-class Input(NamedTuple):
-    split: str  # split of its documents; empty: by hash
-    path: str   # to open; hf:// on the hub
-    name: str   # below its source, the same on all machines
-    size: int   # bytes
-    start: int = 0     # the first byte, and the one to stop at: a .txt file may be cut into splits
-    stop: int = 2**62
-
-
 class Chunk(NamedTuple):
     """About 1 MiB of a file."""
-    kind: str    # jsonl, txt, parquet (.arrow and .csv too)
-    split: str   # split of its documents; empty: by hash
+    kind: str    # json (lines), text (a piece), values (of a column)
+    file: Input
     first: int   # number of its first line or row, from 1
-    data: bytes | list  # whole lines or a piece of plain text (bytes); parquet: a list of values
+    data: bytes | list
     seen: float  # share of the file that has been read with it
 
     def size(self):
-        """Bytes held; characters for parquet."""
-        if self.kind == "parquet":
+        """Bytes held; characters for values."""
+        if self.kind == "values":
             return sum(len(str(text)) for text in self.data)
         return len(self.data)
 
@@ -82,52 +55,26 @@ class Chunk(NamedTuple):
 def read_chunks(file, text_key, max_bytes, size=CHUNK):
     """The chunks of a file, about `size` bytes each, the same ones every time.
 
-    A line longer than max_bytes becomes OVERLONG. text_key: the column of a .parquet file.
+    A line longer than max_bytes becomes OVERLONG. text_key: the column of a table.
     Raises UserError naming a file that is damaged or cut short.
     """
     first = 1
-    try:
-        with open_input(file.path, 32 << 20) as raw:
-            if file.name.endswith(".parquet"):
-                kind, blocks = "parquet", parquet_blocks(raw, file, size, text_key)
-            elif file.name.endswith(tuple(DATASETS)):
-                kind, blocks = "parquet", datasets_blocks(file, size, text_key)
-            elif file.name.endswith(JSON_LINES):
-                kind, blocks = "jsonl", line_blocks(raw, file, size, max_bytes)
-            else:
-                kind, blocks = "txt", text_blocks(raw, file, size)
-            begins = file.start == 0
-            for data, seen in blocks:
-                if begins and kind != "parquet":
-                    data = data.removeprefix(BOM)
-                begins = False
-                yield Chunk(kind, file.split, first, data, seen)
-                first += len(data) if kind == "parquet" else data.count(b"\n")
-    except UserError:
-        raise
-    except Exception as error:  # pyarrow, gzip, zlib and the hub's clients raise a dozen kinds
-        raise UserError(cut_short(file.path, error)) from None
-
-
-def open_input(path, block_size):
-    """A file here or on the hub, opened to read bytes; block_size: bytes fetched from the hub at once."""
-    if path.startswith("hf://"):
-        return need("huggingface_hub", path).HfFileSystem().open(path, block_size=block_size)
-    return open(path, "rb")
-
-
-def cut_short(path, error):
-    if "too much memory" in str(error):  # pyarrow's zstd takes a window of 128 MiB at most
-        return (f"{path}: was compressed with a zstd window beyond 128 MiB; write it anew: "
-                f"zstd -dc --long=31 {path} | zstd -o NEW")
-    return (f"{path}: damaged or cut short ({first_line(error)}); what is done is kept, "
-            "and the same command goes on once the file is whole")
+    with open_input(file.path, 32 << 20) as raw:
+        if file.name.endswith(JSON_LINES):
+            kind, blocks = "json", line_blocks(raw, file, size, max_bytes)
+        elif file.name.endswith((".parquet", *DATASETS)):
+            kind, blocks = "values", table_blocks(raw, file, size, text_key)
+        else:
+            kind, blocks = "text", text_blocks(raw, file, size)
+        for data, seen in blocks:
+            yield Chunk(kind, file, first, data, seen)
+            first += len(data) if kind == "values" else data.count(b"\n")
 
 
 def line_blocks(raw, file, size, max_bytes):
     """Yields (whole lines, share of the file read): `size` bytes and up to a line more."""
     text = raw
-    if file.name.endswith(".gz"):
+    if file.name.endswith(".gz"):  # pyarrow's stream refuses gzip's padding
         text = gzip.GzipFile(fileobj=raw)
     elif file.name.endswith(".zst"):  # pyarrow's stream notices a truncated file, zstandard's does not
         text = io.BufferedReader(need("pyarrow", file.path).CompressedInputStream(raw, "zstd"), size)
@@ -147,51 +94,49 @@ def line_blocks(raw, file, size, max_bytes):
 
 
 def text_blocks(raw, file, size):
-    """Yields (piece, share of the file read): at most `size` bytes, cut at a line or between characters."""
+    """Yields (piece, share of the file read): at most `size` bytes, cut behind a line or a character."""
     rest = b""
     raw.seek(file.start)
     while block := rest + raw.read(min(size - len(rest), file.stop - raw.tell())):
         end = len(block)
         if end == size:
-            end = block.rfind(b"\n") + 1
-            if not end:
-                end = size - 1
-                while end and block[end] & 0xC0 == 0x80:  # inside a character of UTF-8
-                    end -= 1
-                if not end:
-                    raise UserError(cut_short(file.path, "no UTF-8"))
+            end = last_start(block) or end
         yield block[:end], (raw.tell() - file.start) / file.size
         rest = block[end:]
 
 
-def parquet_blocks(raw, file, size, text_key):
-    """Yields (list of values, share of the file read): about `size` bytes."""
-    parquet = need("pyarrow.parquet", file.path).ParquetFile(raw, pre_buffer=False, buffer_size=size)
-    check_column(file, text_key, parquet.schema_arrow.names)
-    batches = parquet.iter_batches(batch_size=64, columns=[text_key])
-    yield from row_blocks(batches, parquet.metadata.num_rows, text_key, size)
+def last_start(block):
+    """Where the last line in some bytes begins, or if they are all one line, the last character of UTF-8."""
+    newline = block.rfind(b"\n")
+    if newline >= 0:
+        return newline + 1
+    at = len(block) - 1
+    while at > 0 and block[at] & 0xC0 == 0x80:
+        at -= 1
+    return at
 
 
-def datasets_blocks(file, size, text_key):
-    """The same for a format of DATASETS. Its rows are not counted beforehand, so the share stays 0."""
-    datasets = need("datasets", file.path)
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # one line of ours says what is wrong
-    path = file.path if file.path.startswith("hf://") else glob.escape(file.path)
-    kind = DATASETS[os.path.splitext(file.name)[1]]
-    rows = datasets.load_dataset(kind, data_files=path, split="train", streaming=True)
-    batches = rows.with_format("arrow").iter(batch_size=64)
-    first = next(batches, None)
-    if first is not None:
-        check_column(file, text_key, first.column_names)
-        yield from row_blocks(itertools.chain([first], batches), math.inf, text_key, size)
+def table_blocks(raw, file, size, text_key):
+    """Yields (list of values, share of the rows read): about `size` bytes. The share is 0 for DATASETS."""
+    if file.name.endswith(".parquet"):
+        table = open_parquet(raw, file.path, size)
+        check_column(file, text_key, table.schema_arrow.names)
+        batches = table.iter_batches(batch_size=64, columns=[text_key])
+        n_rows = table.metadata.num_rows
+    else:
+        datasets = need("datasets", file.path)
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # one line of ours says what is wrong
+        path = file.path if file.path.startswith("hf://") else glob.escape(file.path)
+        kind = DATASETS[os.path.splitext(file.name)[1]]
+        table = datasets.load_dataset(kind, data_files=path, split="train", streaming=True)
+        batches = table.with_format("arrow").iter(batch_size=64)
+        n_rows = math.inf
 
-
-def row_blocks(batches, n_rows, text_key, size):
-    """Yields (list of values, share of n_rows read) from tables of pyarrow."""
     texts = []
     n_bytes = 0
     rows = 0
     for batch in batches:
+        check_column(file, text_key, batch.schema.names)
         batch = batch.select([text_key])
         texts += batch.column(0).to_pylist()
         n_bytes += batch.nbytes
@@ -213,15 +158,19 @@ def check_column(file, text_key, columns):
 # chunks to texts
 
 def records_of(chunk):
-    """Yields (number in the file, record): lines that are not blank, rows, or one piece of plain text."""
-    if chunk.kind == "txt":
-        yield chunk.first, chunk.data
-    elif chunk.kind == "parquet":
+    """Yields (number in the file, record): lines that are not blank, values, or one piece of plain text."""
+    if chunk.kind == "values":
         yield from enumerate(chunk.data, chunk.first)
-    else:
-        for number, line in enumerate(chunk.data.split(b"\n"), chunk.first):
-            if line.strip():
-                yield number, line
+        return
+    data = chunk.data
+    if chunk.first == 1:
+        data = data.removeprefix(BOM)
+    if chunk.kind == "text":
+        yield chunk.first, data
+        return
+    for number, line in enumerate(data.split(b"\n"), chunk.first):
+        if line.strip():
+            yield number, line
 
 
 def text_of(record, kind, text_key, max_bytes):
@@ -230,20 +179,18 @@ def text_of(record, kind, text_key, max_bytes):
         raise BadRecord("longer than --max_document_mb")
     text = record
     try:
-        if kind == "jsonl":
-            text = parse(record)
-        elif kind == "txt":
+        if kind == "json":
+            text = parse(record)[text_key]
+        elif kind == "text":
             text = record.decode()
     except UnicodeDecodeError:
         raise BadRecord("invalid UTF-8") from None
+    except KeyError:
+        raise BadRecord(f"no key {text_key!r}") from None
+    except TypeError:  # a list or number has no keys
+        raise BadRecord("not a JSON object") from None
     except (ValueError, RecursionError):
         raise BadRecord("broken JSON") from None
-    if kind == "jsonl":
-        if not isinstance(text, dict):
-            raise BadRecord("not a JSON object")
-        if text_key not in text:
-            raise BadRecord(f"no key {text_key!r}")
-        text = text[text_key]
     if not isinstance(text, str):
         raise BadRecord(f"{text_key!r} is not a string")
     try:

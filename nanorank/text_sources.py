@@ -1,62 +1,24 @@
 """
-Finds files of text, here or on the Hugging Face hub, and says which split each belongs to.
+Finds files of text and says which split each belongs to.
 
-    files = find_files("folder,more.jsonl.zst")
+    files = find_texts("folder,more.jsonl.zst")
     files = split_texts(leave_out_twins(files), {"val": 0.02, "test": 0.02})
 """
 import filecmp
 import math
 import os
-import re
 import sysconfig
+from collections import defaultdict
 
-from nanorank.errors import UserError
-from nanorank.text_files import CHUNK, DATASETS, SUFFIXES, Input, first_line, need, open_input
-
-HUB_ID = r"\w[\w.-]*/\w[\w./-]*"  # org/name or org/name/folder
+from nanorank.inputs import find_files, open_input, walk
+from nanorank.text_files import CHUNK, DATASETS, SUFFIXES, last_start
 
 
-def find_files(places):
-    """The files of a source, sorted, with `split` set to val or test if names say so.
-
-    places: the setting --source. Raises UserError if there are no files.
-    """
+def find_texts(places):
+    """The files of a source of text, with `split` set if names say so. places: the setting --source."""
     if places in ("python", "packages"):
         return installed_files(places)
-    found = []
-    for place in places.split(","):
-        if os.path.isdir(place):
-            files = walk(place, (*SUFFIXES, *DATASETS))
-        elif os.path.exists(place):
-            files = [Input("", place, os.path.basename(place), os.path.getsize(place))]
-        elif re.fullmatch(HUB_ID, place) and not place.endswith((*SUFFIXES, *DATASETS)):
-            files = hub_files(place)
-        else:
-            raise UserError(f"--source={place}: no such file or folder, "
-                            "and no Hugging Face id (org/name) either")
-        files = with_suffix(files, SUFFIXES) or with_suffix(files, tuple(DATASETS))
-        if not files:
-            raise UserError(f"{place}: expects files in {', '.join((*SUFFIXES, *DATASETS))}")
-
-        # val and test in a name mean splits only if other names hold train
-        splits = [split_in_name(file.name) for file in files]
-        for file, split in zip(files, splits):
-            if split == "train" or "train" not in splits:
-                split = ""
-            found.append(file._replace(split=split))
-    return found
-
-
-def with_suffix(files, suffixes):
-    return [file for file in files if file.name.endswith(suffixes)]
-
-
-def split_in_name(name):
-    """train, val, test, or empty if a file's name says nothing."""
-    for split, words in (("train", "train"), ("val", "val|valid|validation|dev"), ("test", "test")):
-        if re.search(rf"(^|[/._-])({words})([/._-]|\d|$)", name):
-            return split
-    return ""
+    return find_files(places, SUFFIXES, tuple(DATASETS))
 
 
 def installed_files(which):
@@ -68,55 +30,19 @@ def installed_files(which):
     return files
 
 
-def walk(root, suffixes, without=()):
-    """The files below a folder, sorted by name; hidden ones and the folders `without` are left out."""
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
-        for name in names:
-            if name.endswith(suffixes) and not name.startswith("."):
-                path = os.path.join(folder, name)
-                files.append(Input("", path, os.path.relpath(path, root), os.path.getsize(path)))
-    return sorted(files, key=lambda file: file.name)
-
-
-def hub_files(place):
-    """The files of a Hugging Face dataset, org/name or org/name/folder, at its newest revision.
-
-    Their paths hold that revision, so that all machines and restarts read the same bytes.
-    """
-    hub = need("huggingface_hub", f"--source={place}")
-    org, name, *folders = place.rstrip("/").split("/")
-    repo = f"{org}/{name}"
-    below = "".join(f"{folder}/" for folder in folders)
-    try:
-        info = hub.HfApi().dataset_info(repo, files_metadata=True, timeout=10)
-    except Exception as error:  # of httpx, requests or huggingface_hub, as versions differ
-        raise UserError(f"{place} is no file or folder here, and the Hugging Face hub did not give it: "
-                        f"{first_line(error)}") from None
-    files = []
-    for file in sorted(info.siblings, key=lambda file: file.rfilename):
-        if file.rfilename.startswith(below):
-            path = f"hf://datasets/{repo}@{info.sha}/{file.rfilename}"
-            files.append(Input("", path, file.rfilename, file.size or 1))
-    return files
-
-
 def leave_out_twins(files):
-    """The files without those of train that hold the same bytes as a file of val or test. Says so."""
-    held_out = {}  # size: files of val and test
-    for file in files:
-        if file.split and file.size and os.path.exists(file.path):
-            held_out.setdefault(file.size, []).append(file)
+    """The files without those of train that hold the same bytes as one of val or test, which come first."""
+    held_out = defaultdict(list)  # size: files of val and test
     kept = []
     for file in files:
-        twin = None
-        if not file.split and os.path.exists(file.path):
-            for other in held_out.get(file.size, []):
-                if twin is None and filecmp.cmp(file.path, other.path, shallow=False):
-                    twin = other
-        if twin:
-            print(f"note: {file.path} holds the same bytes as {twin.path} of {twin.split}: left out of train")
+        is_local = file.size and os.path.exists(file.path)
+        if file.split and is_local:
+            held_out[file.size].append(file)
+        twins = [] if file.split or not is_local else held_out[file.size]
+        twins = [twin for twin in twins if filecmp.cmp(file.path, twin.path, shallow=False)]
+        if twins:
+            print(f"note: {file.path} holds the same bytes as {twins[0].path} of {twins[0].split}: "
+                  "left out of train")
         else:
             kept.append(file)
     return kept
@@ -131,16 +57,13 @@ def split_texts(files, share):
     """
     texts = [file for file in files if not file.split and file.name.endswith(".txt") and file.size]
     cut = {file: cut_text(file, share) for file in texts}
-    long = [file for file in texts if is_near(file, cut[file], share)]
-    held_out = {} if long else spaced(texts, share)
+    if len(texts) > 2:
+        cut = {file: pieces for file, pieces in cut.items() if is_near(file, pieces, share)}
+    held_out = {} if cut else spaced(texts, share)
     placed = []
     for file in files:
-        if file in long or file in cut and len(texts) < 3:
-            placed += cut[file]
-        elif not file.split:
-            placed.append(file._replace(split=held_out.get(file, "train")))
-        else:
-            placed.append(file)
+        split = file.split or held_out.get(file, "train")
+        placed += cut.get(file, [file._replace(split=split)])
     return placed
 
 
@@ -185,8 +108,4 @@ def line_start(raw, position):
     newline = before.rfind(b"\n")
     if newline >= 0 or low == 0:
         return low + newline + 1
-    after = raw.read(1)
-    while after and after[0] & 0xC0 == 0x80 and before:  # inside a character of UTF-8
-        after = before[-1:]
-        before = before[:-1]
-    return low + len(before)
+    return low + last_start(before + raw.read(1))

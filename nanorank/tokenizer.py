@@ -10,7 +10,7 @@ import importlib
 import numpy as np
 
 from nanorank.errors import UserError
-from nanorank.text_files import need
+from nanorank.inputs import need
 
 EOT = "<|endoftext|>"
 

@@ -222,7 +222,7 @@ def check_file_size(path, n_bytes, fix):
         raise UserError(f"{path} is missing: {fix}")
     size = os.path.getsize(path)
     if size != n_bytes:
-        raise UserError(f"{path} holds {size} bytes where meta.json says {n_bytes}: {fix}")
+        raise UserError(f"{path} holds {size} bytes, not the {n_bytes} that were written: {fix}")
 
 
 def check_crc32(folder, file, fix):

@@ -35,37 +35,43 @@ sample of 100, some of which are smaller than 256:
 256 is the least for the published evaluation: short side to 256, then a crop of 224.
 
 Restart: after a kill, run the same command again. It goes on from the last safe point and ends in the
-same bytes as an undisturbed run. meta.json is written last; no trainer reads a folder without it.
+same bytes as an undisturbed run. meta.json is written last; no trainer reads a folder without it. On a
+finished folder the same command verifies all checksums.
 
 Memory: 2 chunks of 64 images for each worker, 17 MB each at 256, and the list of images. Measured, all
 processes together: 310 MiB with 2 workers at 256, and 0.4 GiB more for 1.28 million files in a folder
 or tar. One process writes for all workers (1.2 ms an image at 256, where decoding takes 5.7), so more
 than some 5 cores do not help.
 """
-import functools
 import io
 import math
 import os
 import re
 import shutil
-import sys
 import warnings
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from configurator import configure
-from nanorank import shards
-from nanorank.console import StopSignal
+from nanorank.data_folder import (
+    SPLITS,
+    BadRecord,
+    add_bad,
+    check_range,
+    is_finished,
+    join_bad,
+    split_by_hash,
+    write_meta,
+)
 from nanorank.errors import UserError, user_errors
-from nanorank.files import save_json
 from nanorank.image_files import find_images, read
 from nanorank.image_labels import add_validation
 from nanorank.images import RECORD
-from nanorank.shards import SPLITS, BadRecord
+from nanorank.shards import RecordedFiles, only_process
 
 # -----------------------------------------------------------------------------
 # what to read
@@ -101,15 +107,10 @@ def main():
     if name == "auto":
         name = "digits" if source == "digits" else "imagenet"
     folder = os.path.join(data_dir, name)
-    path = os.path.join(folder, "meta.json")
-    if os.path.exists(path):
-        meta = shards.read_json(path)
-        shards.refuse_other(folder, meta.get("settings", {}), made_with)
-        check_sizes(folder, meta)
-        print(f"{folder} is finished, nothing to do: {totals(meta)}")
+    if is_finished(folder, made_with):
         return
 
-    data = find_images(source, (image_key, label_key), workers)
+    data = find_images(source, (image_key, label_key))
     if val_source:
         data = add_validation(data, val_source, val_labels)
     roles, share = divide(data.counts, data.classes)
@@ -117,16 +118,11 @@ def main():
     if test_fraction and not share["test"] and "test" not in roles.values():
         made_with["input images"] += " without test"
     os.makedirs(folder, exist_ok=True)
-    with shards.only_process(os.path.join(folder, ".lock")):
+    with only_process(os.path.join(folder, ".lock")):
         part = Part(folder, made_with)
-        stop = StopSignal()
         if not part.record["done"]:
-            decode_all(part, data, roles, share, stop)
-        if part.record["done"]:
-            finish(part, data.classes)
-    if not part.record["done"]:
-        print(f"stopped by signal {stop.signal}; the same command goes on from here", flush=True)
-        raise SystemExit(128 + stop.signal)
+            decode_all(part, data, roles, share)
+        finish(part, data.classes)
 
 
 def check_settings():
@@ -136,7 +132,7 @@ def check_settings():
                         "expects shares that leave some to train")
     if short_side > LONGEST:
         raise UserError(f"--short_side={short_side}: expects {LONGEST} at most")
-    shards.check_range(globals(), short_side=1, workers=0, safe_interval=0)
+    check_range(globals(), short_side=1, workers=0, safe_interval=0)
     if val_labels and not val_source:
         raise UserError(f"--val_labels={val_labels} needs --val_source=FOLDER_OR_TAR of those images")
     return {name: globals()[name] for name in MADE_WITH}
@@ -178,31 +174,22 @@ def divide(counts, classes=()):
     return roles, share
 
 
-def decode_all(part, data, roles, share, stop):
-    """Hands chunks out, appends the pixels in order, until all is done or a signal comes."""
+def decode_all(part, data, roles, share):
+    """Hands chunks out and appends their pixels in order, until all is done. A signal ends the process."""
     keys = (image_key, label_key)
     total = sum(data.counts.values())
     image_bytes = check_space(part, data, total, keys)
     at = part.record["chunk"]
-    before = sum(chunk.images for chunk in data.chunks[:at])
+    seen = sum(chunk.images for chunk in data.chunks[:at])
     if at:
-        print(f"going on after image {before:,} of {total:,}", flush=True)
-    work = functools.partial(decode_chunk, short_side=short_side, roles=roles, share=share,
-                             n_classes=len(data.classes), keys=keys)
+        print(f"going on after image {seen:,} of {total:,}", flush=True)
     jobs = []
     for number, chunk in enumerate(data.chunks[at:], at + 1):
-        jobs.append((int(image_bytes * chunk.images), chunk, (number, chunk.images)))
-
-    def take(result, number, images):
-        part.add(*result, number)
-        bar.set_postfix_str(f"{part.total_bytes() / 1e9:.2f} GB", refresh=False)
-        bar.update(images)
-
-    often = 0.5 if sys.stderr.isatty() else 10  # seconds
-    with tqdm(total=total, initial=before, unit=" images", mininterval=often) as bar:
-        if shards.run_in_order(work, jobs, take, part.save, stop, workers, 32 << 20):
-            part.record["done"] = True
-            part.save()
+        seen += chunk.images
+        jobs.append((int(image_bytes * chunk.images), chunk, (number,), seen))
+    work = partial(decode_chunk, short_side=short_side, roles=roles, share=share, n_classes=len(data.classes),
+                   keys=keys)
+    part.fill(work, lambda stop: jobs, total, " images", workers, 32 << 20)
 
 
 def check_space(part, data, total, keys):
@@ -231,12 +218,12 @@ def check_space(part, data, total, keys):
 # images to pixels, in the workers
 
 def decode_chunk(chunk, short_side, roles, share, n_classes, keys):
-    """{split: (records, pixels as bytes, histogram (3, 256))} and {reason: (bad images, first names)}.
+    """{split: (records, pixels as bytes, histogram (3, 256))} and the bad images as add_bad counts them.
 
     A pure function of its arguments and of the files they name: workers do not see the settings.
     """
     made = {}  # split: (records, pixels, histograms), an entry of each for an image
-    bad = {}   # reason: names
+    bad = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on images that it can read
         for split, name, label, data in read(chunk, keys):
@@ -245,15 +232,14 @@ def decode_chunk(chunk, short_side, roles, share, n_classes, keys):
                     raise BadRecord(f"with a label that is none of the {n_classes} classes")
                 image = shrink(open_image(data, chunk.kind), short_side)
             except BadRecord as error:
-                bad.setdefault(str(error), []).append(name)
+                add_bad(bad, str(error), [name])
                 continue
-            split = shards.split_by_hash(data, share) if split == "train" else roles[split]
+            split = split_by_hash(data, share) if split == "train" else roles[split]
             records, pixels, histograms = made.setdefault(split, ([], [], []))
             records.append((0, image.height, image.width, label))
             pixels.append(image.tobytes())
             histograms.append(image.histogram())
-    made = {split: pack(*images) for split, images in made.items()}
-    return made, {reason: (len(names), names[:shards.NAMED]) for reason, names in bad.items()}
+    return {split: pack(*images) for split, images in made.items()}, bad
 
 
 def pack(records, pixels, histograms):
@@ -317,7 +303,7 @@ def shrink(image, short_side):
 # -----------------------------------------------------------------------------
 # pixels to files
 
-class Part(shards.RecordedFiles):
+class Part(RecordedFiles):
     """The pixels ({split}.bin) and the index ({split}.idx) of each split, and how many chunks they hold."""
 
     def __init__(self, folder, made_with):
@@ -331,14 +317,11 @@ class Part(shards.RecordedFiles):
                   "splits": splits}
         super().__init__(os.path.join(folder, "part.json"), record, safe_interval)
 
-    def n_bytes(self, file):
-        return file["bytes"]
-
-    def is_full(self, file):
-        return self.record["done"]
-
     def total_bytes(self):
         return sum(file["bytes"] for file in self.files())
+
+    def progress(self, seconds):
+        return f"{self.total_bytes() / 1e9:.2f} GB"
 
     def add(self, made, bad, chunk):
         """Appends the results of chunk number `chunk`, from 1."""
@@ -354,26 +337,15 @@ class Part(shards.RecordedFiles):
                 for channel in range(3):
                     self.record["sums"][channel] += int(histogram[channel] @ values)
                     self.record["squares"][channel] += int(histogram[channel] @ values**2)
-        for reason, (count, names) in bad.items():
-            shards.add_bad(self.record["bad_images"], reason, count, names)
+        join_bad(self.record["bad_images"], bad)
         self.record["chunk"] = chunk
-        if self.is_due():
-            self.save()
 
 
 def finish(part, classes):
     """Writes meta.json."""
     record = part.record
-    folder = part.folder
-    bad = shards.bad_line(record["bad_images"], "images")
-    if not record["splits"]["train"]["images"]:
-        os.unlink(part.path)  # so that another try may have other settings
-        for file in part.files():
-            os.unlink(os.path.join(folder, file["name"]))
-        raise UserError(f"no images to train on in --source={source}{bad}")
-
     # mean and standard deviation of train's pixels, scaled to [0, 1]
-    n = record["splits"]["train"]["files"][0]["bytes"] // 3
+    n = max(1, record["splits"]["train"]["files"][0]["bytes"] // 3)
     mean = []
     std = []
     for s, q in zip(record["sums"], record["squares"]):
@@ -383,25 +355,10 @@ def finish(part, classes):
             "source": source, "checksum": "crc32"}
     for name in ("splits", "bad_images", "settings"):
         meta[name] = record[name]
-    path = os.path.join(folder, "meta.json")
-    shards.remove_strays(path)
-    save_json(path, meta)
-    print(f"{folder} is finished: {totals(meta)}{bad}")
+    write_meta(part.folder, meta, [part.path])
     for split, flags in (("val", "--val_fraction says"), ("test", "--test_fraction or --val_source says")):
         if not meta["splits"][split]["images"]:
             print(f"note: no image fell to {split}; {flags} which do")
-
-
-def check_sizes(folder, meta):
-    fix = f"copy it again, or delete {folder} and run this again"
-    for split in meta["splits"].values():
-        for file in split["files"]:
-            shards.check_size(os.path.join(folder, file["name"]), file["bytes"], fix)
-
-
-def totals(meta):
-    splits = ", ".join(f"{name} {split['images']:,} images" for name, split in meta["splits"].items())
-    return f"{splits} of {len(meta['classes'])} classes"
 
 
 if __name__ == "__main__":

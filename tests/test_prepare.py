@@ -12,16 +12,18 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiktoken
+from conftest import one_line_exit_2
+from hub_server import hub
 
 import prepare_pile
 from nanorank import text_sources
+from nanorank.data_folder import SPLITS, split_by_hash
 from nanorank.errors import UserError, user_errors
-from nanorank.shards import SPLITS, only_process, split_by_hash
+from nanorank.shards import only_process
 from nanorank.tokens import TokenSplit, crc32, open_splits, read_meta
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -151,7 +153,7 @@ def test_format(prepare, tmp_path, suffix):
         frames = [pa.compress(part, codec="zstd", asbytes=True) for part in (plain[:5000], plain[5000:])]
         path.write_bytes(b"".join(frames))
     elif suffix in (".jsonl.gz", ".json.gz"):
-        path.write_bytes(gzip.compress(plain[:5000]) + gzip.compress(plain[5000:]))
+        path.write_bytes(gzip.compress(plain[:5000]) + gzip.compress(plain[5000:]) + bytes(512))  # padded
     else:
         path = tmp_path / "plain.jsonl"
     assert prepare(source=path, **NO_SPLIT)[0] == 0
@@ -201,36 +203,26 @@ def test_python_and_packages(prepare, tmp_path, monkeypatch):
     assert ids(tmp_path / "data" / "packages", "train") == [*library, *b"c", 256, *b"d", 256]
 
 
-def test_hub(prepare, tmp_path, monkeypatch):
-    """The Pile's layout, with its own val and test, on a hub that is a folder here; a hub out of reach."""
-    hub = pytest.importorskip("huggingface_hub")
-    local = pytest.importorskip("fsspec.implementations.local")
+def test_hub(tmp_path):
+    """The Pile's layout, with its own val and test, read by huggingface_hub itself; a hub out of reach."""
+    pytest.importorskip("huggingface_hub")
     names = ("train/00", "train/01", "val", "test")
     parts = {name: texts_like_the_pile(50, seed) for seed, name in enumerate(names)}
+    (tmp_path / "org" / "pile").mkdir(parents=True)
+    (tmp_path / "org" / "pile" / "README.md").write_text("no text to train on")
     for name, texts in parts.items():
-        write_jsonl(tmp_path / "hub" / f"{name}.jsonl", texts)
-
-    class Files(local.LocalFileSystem):
-        def open(self, path, **kwargs):
-            assert path.startswith("hf://datasets/org/pile@abc/")
-            name = path.removeprefix("hf://datasets/org/pile@abc/")
-            return super().open(str(tmp_path / "hub" / name), "rb")
-
-    class Api:
-        def dataset_info(self, repo, **kwargs):
-            if repo != "org/pile":
-                raise ConnectionError("Name or service not known\nand more")
-            siblings = [SimpleNamespace(rfilename=f"{name}.jsonl", size=9) for name in parts]
-            siblings.append(SimpleNamespace(rfilename="README.md", size=None))
-            return SimpleNamespace(sha="abc", siblings=siblings)
-
-    monkeypatch.setattr(hub, "HfApi", Api)
-    monkeypatch.setattr(hub, "HfFileSystem", Files)
-    assert prepare(source="org/pile")[0] == 0
-    assert ids(tmp_path / X, "train") == reference(parts["train/00"] + parts["train/01"])
-    for split in ("val", "test"):
-        assert ids(tmp_path / X, split) == reference(parts[split])
-    one_line(prepare(source="org/other", dataset="y"), "hub did not give it: Name or service")
+        write_jsonl(tmp_path / "org" / "pile" / f"{name}.jsonl", texts)
+    command = ("prepare_pile.py", "--tokenizer=byte", f"--data_dir={tmp_path}", "--dataset=x")
+    with hub(tmp_path) as server:
+        result = server.run(*command, "--source=org/pile")
+        assert result.returncode == 0, result.stderr
+        other = server.run(*command, "--source=org/other", "--dataset=y")
+        one_line_exit_2(other, "hub has no org/other, or not for everyone", "hf auth login")
+        away = server.run(*command, "--source=org/pile", "--dataset=y", url="http://127.0.0.1:9")
+        one_line_exit_2(away, "hub did not give it: [Errno")
+    expected = {"train": parts["train/00"] + parts["train/01"], "val": parts["val"], "test": parts["test"]}
+    for split, texts in expected.items():
+        assert ids(tmp_path / "x", split) == [i for text in texts for i in (*text.encode(), 256)]
 
 # ----------------------------------------------------------------------- splits
 
@@ -336,7 +328,7 @@ def test_no_document_for_train_is_an_error_at_once(prepare, tmp_path):
         held_out += "o"
     source = write_jsonl(tmp_path / "a.jsonl", [held_out])
     status, output = prepare(source=source, val_fraction=0.02, test_fraction=0.02)
-    assert status == 2 and "none of the 1 documents" in output and "--val_source" in output
+    assert status == 2 and "all 1 fell to val and test; give more, or --val_source" in output
     write_jsonl(source, [held_out, "more"])  # the wrong try is not in the way
     assert prepare(source=source, val_fraction=0.02, test_fraction=0.02)[0] == 0
 
@@ -501,7 +493,7 @@ def test_finished_is_left_alone_and_other_settings_are_refused(prepare, tmp_path
     assert status == 0 and "is finished, nothing to do" in output
     one_line(prepare(source=source, tokenizer="byte"), "--tokenizer=tiny, not byte")
     os.truncate(tmp_path / X / "train_00000.bin", 10)
-    missing = "train_00000.bin is missing or not as long as it was"
+    missing = "train_00000.bin holds 10 bytes, not the"
     one_line(prepare(source=source, tokenizer="tiny"), missing)
 
 
@@ -618,12 +610,12 @@ def test_bad_records_are_counted_and_named(prepare, tmp_path):
 def test_no_documents(prepare, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["a", "b"])
     status, output = prepare(source=path, text_key="content")
-    assert status == 2 and (f"no documents in --source={path}; bad records, left out: "
+    assert status == 2 and (f"no documents to train on in --source={path}; bad records, left out: "
                             f"2 no key 'content' ({path}:1, {path}:2)") in output
     assert prepare(source=path, text_key="text")[0] == 0  # the wrong try is not in the way
     (tmp_path / "empty.jsonl").touch()
     status, output = prepare(source=tmp_path / "empty.jsonl", dataset="y")
-    assert status == 2 and "no documents in" in output
+    assert status == 2 and "no documents to train on in" in output
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     status, output = prepare(source=tmp_path / "latin.txt", dataset="z")
     assert status == 2 and "1 invalid UTF-8" in output

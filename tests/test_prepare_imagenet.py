@@ -16,6 +16,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import one_line_exit_2
+from hub_server import hub
 from PIL import Image
 from test_prepare import (
     contents,
@@ -28,8 +30,8 @@ from test_prepare import (
 )
 
 from nanorank import image_files
+from nanorank.data_folder import SPLITS
 from nanorank.images import RECORD, ImageSplit
-from nanorank.shards import SPLITS
 from nanorank.tokens import crc32, open_splits
 from scripts import prepare_imagenet
 
@@ -229,48 +231,40 @@ def test_parquet_with_other_columns(prepare, tmp_path):
     one_line(prepare(source=path, dataset="y"), f"{path}: damaged or cut short")
 
 
-def test_hub(prepare, tmp_path, monkeypatch):
-    """ImageNet's layout on a hub that is a folder here; the hub refuses it; it cannot be reached."""
-    hub = pytest.importorskip("huggingface_hub")
-    local = pytest.importorskip("fsspec.implementations.local")
+READ_BY_DATASETS = """
+import zlib, datasets
+images = datasets.load_dataset("org/images", streaming=True)["train"]
+for row in images.cast_column("image", datasets.Image(decode=False)):
+    print(zlib.crc32(row["image"]["bytes"]), row["label"])
+"""
+
+
+def test_hub(tmp_path):
+    """ImageNet's layout, read by huggingface_hub itself; a hub that refuses it; one out of reach."""
+    pytest.importorskip("huggingface_hub")
+    pytest.importorskip("datasets")
     files = some_files("train", "validation")
-    for split in ("train", "validation"):
-        path = tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet"
-        write_parquet(path, labelled(files, split), list(LABEL), row_group_size=5)
-    open_to = ["org/images"]
-
-    def response(status):
-        return SimpleNamespace(headers={}, status_code=status, request=None)
-
-    class Files(local.LocalFileSystem):
-        cachable = False
-
-        def open(self, path, **kwargs):
-            repo, _, name = path.removeprefix("hf://datasets/").partition("@abc/")
-            if repo not in open_to:  # as on the real hub, the refusal is the cause of a FileNotFoundError
-                refusal = hub.errors.GatedRepoError("403 Client Error", response=response(403))
-                raise FileNotFoundError(f"{path} (repository not found)") from refusal
-            return super().open(str(tmp_path / "hub" / name), "rb")
-
-    class Api:
-        def dataset_info(self, repo, **kwargs):
-            if repo == "org/away":
-                raise ConnectionError("Name or service not known\nand more")
-            if repo == "org/secret":
-                raise hub.errors.RepositoryNotFoundError("404", response=response(404))
-            names = [f"data/{split}-00000-of-00001.parquet" for split in ("train", "validation")]
-            names += ["README.md", "classes.jsonl"]
-            siblings = [SimpleNamespace(rfilename=name, size=9) for name in names]
-            return SimpleNamespace(sha="abc", siblings=siblings)
-
-    monkeypatch.setattr(hub, "HfApi", Api)
-    monkeypatch.setattr(hub, "HfFileSystem", Files)
-    assert prepare(source="org/images")[0] == 0
+    for repo in ("images", "gated"):
+        for split in ("train", "validation"):
+            path = tmp_path / "org" / repo / "data" / f"{split}-00000-of-00001.parquet"
+            write_parquet(path, labelled(files, split), list(LABEL), row_group_size=5)
+    command = ("-m", "scripts.prepare_imagenet", f"--data_dir={tmp_path / 'data'}", "--short_side=24")
+    with hub(tmp_path) as server:
+        server.gated.add("org/gated")
+        result = server.run(*command, "--source=org/images", "--dataset=x", "--val_fraction=1e-9")
+        assert result.returncode == 0, result.stderr
+        for repo in ("org/gated", "org/absent"):
+            terms = f"accept the terms at https://huggingface.co/datasets/{repo}, then `hf auth login`"
+            refused = server.run(*command, f"--source={repo}", "--dataset=y")
+            one_line_exit_2(refused, terms, "HF_TOKEN", "--source=FOLDER")
+        away = server.run(*command, "--source=org/images", "--dataset=y", url="http://127.0.0.1:9")
+        one_line_exit_2(away, "hub did not give it: [Errno")
+        by_datasets = server.run("-c", READ_BY_DATASETS)
+    assert_stored(tmp_path / X, "train", labelled(files, "train"))
     assert_stored(tmp_path / X, "test", labelled(files, "validation"))
-    for repo in ("ILSVRC/imagenet-1k", "org/secret"):
-        terms = f"accept the terms at https://huggingface.co/datasets/{repo}, then `hf auth login`"
-        one_line(prepare(source=repo, dataset="y"), terms, "HF_TOKEN", "--source=FOLDER_OR_TAR")
-    one_line(prepare(source="org/away", dataset="y"), "hub did not give it: Name or service")
+    train = [f"{zlib.crc32(data)} {label}" for data, label in labelled(files, "train")]
+    assert by_datasets.stdout.splitlines() == train, by_datasets.stderr
+    assert [label for _, label in stored(tmp_path / X, "train")] == [int(line.split()[1]) for line in train]
     assert not (tmp_path / "data" / "y").exists()
 
 
@@ -561,8 +555,11 @@ def test_finished_is_left_alone_and_other_settings_are_refused(prepare, tmp_path
     status, output = prepare(source=many, dataset="killed")
     assert status == 0 and "is finished, nothing to do" in output
     one_line(prepare(source=many, dataset="killed", test_fraction=0.1), "--test_fraction=0.2, not 0.1")
-    os.truncate(tmp_path / "data" / "killed" / "train.bin", 10)
-    missing = "train.bin is missing or not as long as it was"
+    pixels = tmp_path / "data" / "killed" / "train.bin"
+    pixels.write_bytes(bytes([pixels.read_bytes()[0] ^ 1]) + pixels.read_bytes()[1:])
+    one_line(prepare(source=many, dataset="killed", test_fraction=0.2), "train.bin is damaged, its checksum")
+    os.truncate(pixels, 10)
+    missing = "train.bin holds 10 bytes, not the"
     one_line(prepare(source=many, dataset="killed", test_fraction=0.2), missing)
 
 

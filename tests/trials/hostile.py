@@ -400,7 +400,7 @@ def json_says_utf8():
     """Whether the JSON reader here (orjson or json) tells bad UTF-8 from other bad JSON."""
     import prepare_pile
     try:
-        prepare_pile.text_of(b"\xff", "jsonl", "text", 100)
+        prepare_pile.text_of(b"\xff", "json", "text", 100)
     except ValueError as error:
         return "UTF-8" in str(error)
 
