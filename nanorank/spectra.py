@@ -5,7 +5,6 @@ Singular values of A B^T from its factors, without forming the product, and the 
     s = singular_values(A, B)    # (..., r) float64, descending
     A, B = qk_factors(W_Q, W_K)  # W_Q, W_K (H, r, d) -> the factors of W_K^T W_Q
     A, B = ov_factors(W_V, P)    # W_V (H, r, d), P (H, d, r) -> the factors of P W_V
-    log = summary(layers)        # {"attn_rank95_qk": 24.4, ...}: means over heads
 
 A new metric is one line in `metrics_of`: the training log and heads.csv then have it.
 The file opens with the definitions and the exact way. The fast way, with its error bound, comes after.
@@ -169,36 +168,6 @@ def svd(A, B):
     Q_B, R_B = torch.linalg.qr(B.double())
     U, s, Vh = torch.linalg.svd(R_A @ R_B.mT)
     return Q_A @ U, s, Q_B @ Vh.mT
-
-
-def summary(layers, threshold=0.95):
-    """For a training log: means over all heads of each metric, {"attn_rank95_qk": ..., "attn_gap_ov": ...},
-    and of the threshold rank by layer, {"layer0_rank95_qk": ...}, or {"encoder_layer0_rank95_qk": ...}
-    where a model has several stacks.
-
-    Where queries share keys, also means over key/value heads, as attn_gap_qk_stacked; where q and k turn in
-    planes, also attn_planes95_qk, attn_gap_planes_qk (regulariser.py).
-
-    layers: an iterable of objects with layer, perhaps stack, n_kv_head, rope, W_Q, W_K, W_V (H, r, d) and
-    P (H, d, r).
-    Raises UserError for NaN or inf, naming layer, product and head.
-    """
-    from nanorank.regulariser import measure_product, products_of  # which needs this module
-    rank = rank_name(threshold)
-    heads, by_layer = {}, {}
-    for layer in layers:
-        stack = getattr(layer, "stack", "")
-        prefix = f"{stack}_" if stack else ""
-        for product, (A, B) in products_of(layer).items():
-            try:
-                _, table, planes = measure_product(layer, product, A, B, threshold)
-            except UserError as error:
-                where = f"{stack} layer {layer.layer}".strip()
-                raise UserError(f"{where}, {product}: {error}") from None
-            for name, values in {**table, **planes}.items():
-                heads.setdefault(f"attn_{name}_{product}", []).extend(values)
-            by_layer[f"{prefix}layer{layer.layer}_{rank}_{product}"] = table[rank]
-    return {name: sum(values) / len(values) for name, values in {**heads, **by_layer}.items()}
 
 
 def as_heads(A, B):

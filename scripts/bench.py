@@ -39,7 +39,7 @@ from nanorank.files import make_folder, save_json
 from nanorank.flops import flops_per_image, flops_per_token
 from nanorank.images import ImageSplit
 from nanorank.loss import head_loss
-from nanorank.spectra import summary
+from nanorank.watch import summary
 from scripts import bench_paths
 from scripts.bench_smoke import smoke_test
 from scripts.timing import Setup, in_a_process, interleaved, row

@@ -18,6 +18,7 @@ from nanorank.errors import UserError
 from nanorank.families import attention_layers
 from nanorank.figures import heads as figures
 from nanorank.measure import head_rows
+from nanorank.watch import summary
 
 ARGS = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 3, "n_embd": 24, "dropout": 0.0,
         "bias": True}
@@ -109,7 +110,7 @@ def test_a_new_metric_is_one_line(tmp_path, run, monkeypatch):
     monkeypatch.setattr(spectra, "metrics_of", lambda s, *args: {**metrics_of(s, *args), "second": s[:, 1]})
     save(tmp_path / "a.pt")
     heads, _ = run(tmp_path / "a.pt")
-    log = spectra.summary(Checkpoint(str(tmp_path / "a.pt")).attention_layers())
+    log = summary(Checkpoint(str(tmp_path / "a.pt")).attention_layers())
     for product in PRODUCTS:
         second = [float(r["s2"]) for r in rows_of(tmp_path, "spectra") if r["product"] == product]
         assert [float(r["second"]) for r in heads if r["product"] == product] == second

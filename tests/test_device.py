@@ -33,8 +33,7 @@ from nanorank.prefetch import prefetch
 from nanorank.run import Run
 from nanorank.run_setup import RunSetup
 from nanorank.save_thread import SaveThread
-from nanorank.spectra import summary
-from nanorank.watch import attention_ranks
+from nanorank.watch import attention_ranks, summary
 
 CPU = torch.device("cpu")
 

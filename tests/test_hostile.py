@@ -25,8 +25,8 @@ from nanorank.families import AttentionLayer
 from nanorank.files import load_pt
 from nanorank.images import ImageSplit
 from nanorank.restore import load_optimizers
-from nanorank.spectra import summary
 from nanorank.tokens import TokenSplit
+from nanorank.watch import summary
 from scripts import sample
 
 ARGS = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32,

@@ -17,9 +17,9 @@ from nanorank.heads import AttentionLayer, Rope
 from nanorank.measure import head_rows
 from nanorank.positions import HALF, INTERLEAVED, norm_of, positions_of
 from nanorank.regulariser import gaussian_planes, measure_product, plane_metrics, products_of, regulariser_of
-from nanorank.spectra import gaussian_nuclear, metrics, summary
+from nanorank.spectra import gaussian_nuclear, metrics
 from nanorank.tables import regularised
-from nanorank.watch import RankLogger, attention_ranks
+from nanorank.watch import RankLogger, attention_ranks, summary
 
 d, r, H, n = 24, 8, 6, 2
 

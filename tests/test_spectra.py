@@ -14,9 +14,9 @@ from nanorank.spectra import (
     ov_factors,
     qk_factors,
     singular_values,
-    summary,
     svd,
 )
+from nanorank.watch import summary
 
 d, r = 96, 16
 
