@@ -164,8 +164,9 @@ def test_under_qk_norm_the_squared_norms_decay_at_2_lam(n_kv_head, rope, qk_norm
     after = train(W, rope=rope, qk_norm=qk_norm)
     for name in "QK":
         assert follows(W[name].square().sum(over), after[name].square().sum(over))
-    if qk_norm == "layer":
-        assert departs(W["Q"].square().sum((1, 2)), after["Q"].square().sum((1, 2)))
+    if qk_norm == "layer":  # the heads' own norms are off by several times the layer's
+        whole = error(W["Q"].square().sum(), after["Q"].square().sum())
+        assert error(W["Q"].square().sum((1, 2)), after["Q"].square().sum((1, 2))).min() > 5 * whole
     assert departs(stacked(W)["qk"], stacked(after)["qk"])
     assert follows(stacked(W)["ov"], stacked(after)["ov"])
 
