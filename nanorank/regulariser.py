@@ -9,7 +9,7 @@ Under L2, factors shrink to the smallest norm that leaves the model's function a
 depends on what may change between W_Q and W_K, or between W_V and P, without changing the function:
 
     plain           any invertible r x r matrix: the nuclear norm of A B^T
-    grouped         the same matrix for all queries of a key: the nuclear norm of W_K^T [W_Q,1^T ... W_Q,g^T],
+    grouped         the same matrix for all queries of a key: the nuclear norm of W_K^T [W_Q,1 ... W_Q,g],
                     and of [P_1; ...; P_g] W_V, one for each key/value head (qk_stacked, ov_stacked)
     rotary          a complex number for each plane j: the sum of |a_j| |b_j|, where a_j, b_j are the two
                     rows of W_K and of W_Q (of all g queries) that turn together
