@@ -19,6 +19,7 @@ From scripts/sweep.py; the first two also from a heads.csv of several runs:
     wd_grid sweep.csv          perplexity over attn_wd x mlp_wd
     norm_growth sweep.csv      over learning rate x attn_wd
     over_training FOLDER       of a sweep, or of run folders
+    attention_kinds FOLDER     of a sweep over rope, qk_norm, n_kv_head with a heads.csv of its runs
 
 From scripts/theory.py, config/recall.py and scripts/saturate.py:
     factorised_models FOLDER   balance, soft thresholding, AdamW
@@ -34,7 +35,7 @@ import os
 import sys
 
 from nanorank.errors import UserError, user_errors
-from nanorank.figures import heads, report, saturation, sweep, theory
+from nanorank.figures import attention_kinds, heads, report, saturation, sweep, theory
 
 # {file, or the folder itself: the figures that are drawn from it}
 SOURCES = {
@@ -42,8 +43,8 @@ SOURCES = {
     "spectra.csv": (heads.spectra,),
     "norms.csv": (heads.norms,),
     "sweep.csv": (sweep.rank_by_layer, sweep.mean_rank, sweep.wd_grid, sweep.norm_growth),
-    ".": (report.report, sweep.over_training, theory.factorised_models, theory.two_parameters,
-          theory.attention_balance, theory.recall),
+    ".": (report.report, sweep.over_training, attention_kinds.attention_kinds, theory.factorised_models,
+          theory.two_parameters, theory.attention_balance, theory.recall),
     "saturation.csv": (saturation.saturation,),
     "heads_saturated.csv": (saturation.heads_saturated,),
     "scaling.csv": (saturation.scaling,),
