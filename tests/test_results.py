@@ -172,6 +172,36 @@ def test_runs(folder, runs, column, digits, scale):
             assert f"{mean:.2f}" in line or f"{mean:.1f}" in line, (wd, product, mean)
 
 
+def test_modern_attention():
+    """Every number of the table: means over seeds, and differences with their intervals."""
+    measures = {(row["kind"], float(row["attn_wd"]), row["measure"]): row
+                for row in rows("modern_attention/kinds.csv")}
+    lines = re.findall(r"^\| ([\w +-]+) \| (0|0\.45|1\.35) \| (.*)\|$",
+                       read("results/modern_attention/README.md"), re.M)
+    assert len(lines) == 15
+    for kind, wd, line in lines:
+        def value(name, column="mean", kind=kind, wd=wd):
+            return float(measures[kind, float(wd), name][column])
+
+        ppl = "test_ppl"
+        expected = [(value(ppl), 2), (value(ppl, "sd"), 2)]
+        if wd != "0":
+            expected += [(value(ppl, column), 2) for column in ("zero_minus_this", "low", "high")]
+        expected += [(value("rank95_qk"), 1), (value("rank95_ov"), 1)]
+        qk = "qk_stacked" if "grouped" in kind else "qk"
+        gap = "gap"
+        if "rotary" in kind:
+            expected += [(value(f"planes95_{qk}"), 1), (value("rank_in_plane"), 2)]
+            gap = "gap_planes"
+        if "QK-norm" not in kind:
+            expected += [(value(f"{gap}_{qk}"), 3), (value(f"{gap}_gaussian_{qk}"), 3)]
+        expected.append((value("gap_ov"), 3))
+        stated = numbers(line)
+        assert len(stated) == len(expected)
+        for x, (mean, digits) in zip(stated, expected):
+            assert abs(x - mean) <= 0.5001 * 10**-digits, (kind, wd, x, mean)
+
+
 def test_balance_of_a_transformer():
     """Rates of the discrepancy over 2 lam, ranks and accuracy at the end."""
     table = pd.read_csv(REPO / "results/theory/attention.csv").query("lam > 0")

@@ -7,7 +7,9 @@ Decay of attention as it is built today: rotary positions, QK-norm, grouped quer
 
 The model is that of config/sweep/wd_grid.py, on bytes of Pile text: 4 layers, 2 heads of 32, with
 n_kv_head=1 one key/value head for both. The learning rates sum to 2.2, so attn_wd 0.45 and 1.35 make
-about 1 and 3 decay time constants. A run takes about 80 s on one core.
+about 1 and 3 decay time constants. A run takes about 80 s on one core. Reached: QK-norm keeps the rank of QK
+(rank95 18.1 to 16.8 of 32 with rotary positions, 14.9 to 8.9 without the norm), rotary planes stay on, and
+stacked products lose rank (results/modern_attention/).
 """
 configs = "config/demo.py"
 fixed = """
