@@ -9,7 +9,8 @@ Rank, norms and balance of every attention head in a checkpoint: tables, CSV fil
     python analyze.py out/lm/ckpt.pt --truncate=0.95 --save=small.pt
 
 Writes to OUT_DIR:
-    heads.csv      a row per checkpoint, layer, head and product: qk is W_K^T W_Q, ov is P W_V
+    heads.csv      a row per checkpoint, layer, head and product: qk is W_K^T W_Q, ov is P W_V;
+                   qk_stacked, ov_stacked: of all queries of a key/value head (nanorank/regulariser.py)
     spectra.csv    singular values of the last checkpoint of each run
     norms.csv      a row per checkpoint and group of parameters
     fits.csv       curves fitted to the norms, where a run has three checkpoints or more
@@ -31,8 +32,9 @@ from nanorank.families import left_out
 from nanorank.files import make_folder
 from nanorank.measure import head_rows
 from nanorank.norms import CURVES, fit_rows, norm_rows
+from nanorank.positions import remarks_on
 from nanorank.spectra import rank_name
-from nanorank.tables import write_csv
+from nanorank.tables import gap_lines, write_csv
 from nanorank.truncate import save_truncated, truncatable
 
 # what is measured
@@ -51,6 +53,7 @@ n_kv_head = 0               # key/value heads per layer, where queries share the
 d_head = 0                  # width of a head, instead of n_head, where stacks have different numbers of heads
 stack_heads = ""            # heads of each stack, where stacks differ: encoder:3,decoder:4
 pattern = ""                # ends of the names of q,k,v,o (or qkv,o) after the layer's path
+rope = ""                   # whether q and k turn: none, half, interleaved, half:64 (nanorank/positions.py)
 layout = "separate"         # how heads lie in what --pattern names: separate, fused, grouped, conv, lens
 state_dict = ""             # which of several state dicts in a file, by its key
 # truncation of a GPT checkpoint of train_lm.py or nanoGPT
@@ -70,7 +73,8 @@ def main(paths):
     spectra, configs, sources, remarks = {}, {}, {}, {}  # by run, of its last checkpoint
     previous = None
     options = {"n_head": n_head, "n_kv_head": n_kv_head, "d_head": d_head,
-               "pattern": pattern, "layout": layout, "state_dict": state_dict, "heads": stack_heads}
+               "pattern": pattern, "layout": layout, "state_dict": state_dict, "heads": stack_heads,
+               "rope": rope}
     bar = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=len(files) * (1 + norms), disable=None, smoothing=0, bar_format=bar) as progress:
         for ckpt in open_all(paths, **options):
@@ -79,6 +83,7 @@ def main(paths):
             modules = ckpt.modules()
             sources[run] = check_heads(ckpt, modules, shown_layers)
             remarks[run] = left_out(modules, ckpt.shapes)
+            remarks[run] += remarks_on(modules, ckpt.shapes, ckpt.configs, rope)
             configs[run] = ckpt.configs.get("its config", {})
             raw = truncatable(ckpt) if save else None
 
@@ -132,10 +137,11 @@ def run_name(path, files):
 
 
 def write_table(name, rows):
-    """Writes OUT_DIR/NAME.csv, with the column `stack` only if a model has several. Returns the path."""
+    """Writes OUT_DIR/NAME.csv; `stack`, `regulariser` only where they tell something. Returns the path."""
     table = pd.DataFrame(rows, dtype=object)
-    if "stack" in table and not any(table["stack"]):
-        table = table.drop(columns="stack")
+    for column, usual in (("stack", ""), ("regulariser", "nuclear")):
+        if column in table and all(table[column] == usual):
+            table = table.drop(columns=column)
     return write_csv(os.path.join(out_dir, f"{name}.csv"), table)
 
 
@@ -191,18 +197,21 @@ def layer_means(heads, columns):
     """Means over heads of these metrics: a row for each layer and product, then one for each product."""
     keys = heads["label"], "all " + heads["product"]
     groups = [heads.groupby(key, sort=False)[columns] for key in keys]
-    return pd.concat([group.agg(lambda x: sum(x) / len(x)) for group in groups])
+    return pd.concat([group.agg(lambda x: sum(x.dropna()) / (x.count() or float("nan"))) for group in groups])
 
 
 def print_heads(run, heads, source, remarks):
     """The metrics of a run's last checkpoint by layer, and remarks on what was left out."""
     columns = [rank_name(threshold), "stable_rank", "effective_rank", "nuclear", "half_sq_norm"]
     columns += ["gap", "gap_gaussian", "imbalance"]
+    columns += [name for name in heads if re.match(r"planes\d|(gap|imbalance)_planes", name)]
     step = heads["step"].iloc[0]
     at_step = f", step {step}" if step >= 0 else ""
     widths = "/".join(str(width) for width in sorted(set(heads["d_head"])))
     print(f"\n{run}{at_step}: means over heads of width {widths} (how many heads: from {source})")
-    print(layer_means(heads, columns).to_string(float_format="%.3f"))
+    print(layer_means(heads, columns).to_string(float_format="%.3f", na_rep="-"))
+    for line in gap_lines(heads):
+        print(line)
     for remark in remarks:
         print(f"note: {remark}")
 

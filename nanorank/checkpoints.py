@@ -37,6 +37,7 @@ from nanorank.errors import UserError, one_line
 from nanorank.families import find_attention, heads_of, kind_of, split_heads
 from nanorank.files import load_pt
 from nanorank.foreign_files import what_file_is
+from nanorank.positions import refuse_contradiction, with_positions
 from nanorank.quantised import refuse_quantised, refuse_stored_quantised
 
 __all__ = ["NOT_MODELS", "RUN_FILE", "SUFFIXES", "Checkpoint", "expand", "open_all", "run_of"]
@@ -83,11 +84,12 @@ class Checkpoint:
     """
 
     def __init__(self, path, n_head=0, n_kv_head=0, d_head=0, pattern="", layout="separate", state_dict="",
-                 heads=""):
+                 heads="", rope=""):
         """n_head, n_kv_head, d_head: heads, where the checkpoint does not say.
         heads: those of each stack, where they differ: encoder:3,decoder:4.
         pattern, layout: names that no scheme knows (families.find_attention).
         state_dict: the key of one state dict of several in a file.
+        rope: half, interleaved, none or half:64, where nothing tells whether q and k turn (positions.py).
         Raises UserError where there is no checkpoint, or none that can be read."""
         self.path = path
         self.step = step_in(path)
@@ -96,6 +98,7 @@ class Checkpoint:
         self.stack_heads = parse_heads(heads)
         self.naming = {"pattern": pattern, "layout": layout}
         self.state_dict = state_dict
+        self.rope = rope
         self.mapped = {}   # {file: state dict}
         self.tensors = {}
         files, configs = locate(path)
@@ -171,6 +174,7 @@ class Checkpoint:
             modules = find_attention(self.shapes, **self.naming, config=self.configs.get("config.json"))
             refuse_stored_quantised(modules, self.tensors)
             self.check_stacks(modules)
+            refuse_contradiction(modules, self.shapes, self.configs, self.rope)
             return modules
 
     def check_stacks(self, modules):
@@ -197,7 +201,8 @@ class Checkpoint:
         n_head, _ = self.heads_of(module)
         tensors = self.read(module.tensor_names)
         with self.named():
-            return split_heads(module, tensors, n_head, self.n_kv_head)
+            layer = split_heads(module, tensors, n_head, self.n_kv_head)
+            return with_positions(layer, module, self.shapes, self.configs, self.rope)
 
     def attention_layers(self):
         """Yields its AttentionLayers, each read when it is asked for. Raises UserError naming the file."""

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from nanorank.errors import UserError
 from nanorank.heads import NUMBER, AttentionLayer, heads_of, join, kind_of, split_heads
 from nanorank.layouts import LAYOUTS
+from nanorank.positions import with_positions
 from nanorank.schemes import SCHEMES, Scheme, gate_beside_query, told
 
 __all__ = ["LAYOUTS", "SCHEMES", "AttentionLayer", "Module", "attention_layers", "find_attention", "heads_of",
@@ -58,18 +59,19 @@ def is_block(module):
     return re.fullmatch(re.escape(module.block) + r"\d+", module.path) is not None
 
 
-def attention_layers(tensors, n_head=0, configs=(), pattern="", layout="separate"):
+def attention_layers(tensors, n_head=0, configs=(), pattern="", layout="separate", rope=""):
     """Yields the AttentionLayer of each layer of a state dict, {name: tensor}, in order.
 
     n_head: heads per layer, where neither configs, {source: dict}, nor the shapes tell.
     pattern, layout: as in find_attention.
+    rope: half, interleaved, none or half:64, where nothing tells whether q and k turn (positions.py).
     Raises UserError where no attention is found, and where nothing tells the number of heads.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = next(iter(dict(configs).values()), None)
     for module in find_attention(shapes, pattern, layout, config):
         heads, _ = heads_of(module, shapes, configs, n_head)
-        yield split_heads(module, tensors, heads)
+        yield with_positions(split_heads(module, tensors, heads), module, shapes, configs, rope)
 
 
 def find_attention(shapes, pattern="", layout="separate", config=None):

@@ -17,6 +17,16 @@ from nanorank.errors import UserError
 from nanorank.layouts import LAYOUTS, UNSTACK
 
 
+class Rope(NamedTuple):
+    """Rotary positions: which two rows of a head turn together in a plane (Su et al. 2021).
+
+    The first `dim` rows of W_Q and of W_K turn, the others do not. The two rows of plane j are 2j and
+    2j + 1 where interleaved (GPT-J, Meta's Llama), else j and j + dim/2 (Hugging Face's Llama, NeoX).
+    """
+    dim: int
+    interleaved: bool = False
+
+
 class AttentionLayer(NamedTuple):
     """One layer's heads; a key/value head shared by several queries is repeated for each of them."""
     stack: str         # encoder, decoder, cross ...; empty where the model has one stack
@@ -25,6 +35,9 @@ class AttentionLayer(NamedTuple):
     W_K: torch.Tensor  # (H, r, d)
     W_V: torch.Tensor  # (H, r, d)
     P: torch.Tensor    # (H, d, r)
+    n_kv_head: int = 0        # key/value heads; 0: as many as query heads
+    rope: Rope | None = None  # None: nothing turns, or not known
+    qk_norm: bool = False     # q and k of each head are divided by their size before the scores
 
 
 # ------------------------------------------------------------ paths
@@ -293,4 +306,4 @@ def split_heads(module, tensors, n_head, n_kv_head=0):
     if n < n_head:  # grouped queries
         W_K = W_K.repeat_interleave(n_head // n, 0)
         W_V = W_V.repeat_interleave(n_head // n, 0)
-    return AttentionLayer(module.stack, module.layer, W_Q, W_K, W_V, P)
+    return AttentionLayer(module.stack, module.layer, W_Q, W_K, W_V, P, n)

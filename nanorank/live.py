@@ -16,6 +16,7 @@ from nanorank.checkpoints import WRAPPERS
 from nanorank.errors import UserError
 from nanorank.families import find_attention
 from nanorank.heads import HEAD_KEYS, heads_of, join, split_heads
+from nanorank.positions import refuse_contradiction, with_positions
 
 # peft keeps a layer's own weight as base_layer or original_module, and trained copies as modules_to_save.NAME
 PEFT = r"\.(base_layer|original_module|modules_to_save\.\w+)(?=\.|$)"
@@ -39,17 +40,22 @@ def without_dashes():
 class LiveModel:
     """The attention of a torch.nn.Module."""
 
-    def __init__(self, model, n_head=0, n_kv_head=0, d_head=0, pattern="", layout="separate"):
+    def __init__(self, model, n_head=0, n_kv_head=0, d_head=0, pattern="", layout="separate",
+                 rope=""):
         """n_head, n_kv_head, d_head: heads, where the model does not say.
         pattern, layout: names that no scheme knows (families.find_attention).
+        rope: half, interleaved, none or half:64, where nothing tells whether q and k turn (positions.py).
         Raises UserError where no attention is found, or nothing tells the number of heads."""
         self.model = model
         self.n_kv_head = n_kv_head
+        self.rope = rope
         self.parts = {clean_name(name): part for name, part in model.named_modules(remove_duplicate=False)}
         self.units = fsdp_units(model)
-        shapes = whole_shapes(model)
+        shapes = self.shapes = whole_shapes(model)
         with without_dashes():
             self.modules = find_attention(shapes, pattern, layout, model_config(model))
+            for module in self.modules:
+                refuse_contradiction([module], shapes, self.configs_of(module), rope)
             self.heads = {}  # by the module's path
             for module in self.modules:
                 configs = self.configs_of(module)
@@ -91,7 +97,8 @@ class LiveModel:
                 if hasattr(p, "full_tensor"):  # a DTensor
                     p = p.full_tensor()
                 tensors[name] = p.clone() if units else p
-        return split_heads(module, tensors, self.heads[module.path], self.n_kv_head)
+        layer = split_heads(module, tensors, self.heads[module.path], self.n_kv_head)
+        return with_positions(layer, module, self.shapes, self.configs_of(module), self.rope)
 
     def attention_layers(self):
         """Yields the AttentionLayer of each layer, gathered when it is asked for."""

@@ -176,21 +176,26 @@ def summary(layers, threshold=0.95):
     and of the threshold rank by layer, {"layer0_rank95_qk": ...}, or {"encoder_layer0_rank95_qk": ...}
     where a model has several stacks.
 
-    layers: an iterable of objects with layer, perhaps stack, W_Q, W_K, W_V (H, r, d) and P (H, d, r).
+    Where queries share keys, also means over key/value heads, as attn_gap_qk_stacked; where q and k turn in
+    planes, also attn_planes95_qk, attn_gap_planes_qk (regulariser.py).
+
+    layers: an iterable of objects with layer, perhaps stack, n_kv_head, rope, W_Q, W_K, W_V (H, r, d) and
+    P (H, d, r).
     Raises UserError for NaN or inf, naming layer, product and head.
     """
+    from nanorank.regulariser import measure_product, products_of  # which needs this module
     rank = rank_name(threshold)
     heads, by_layer = {}, {}
     for layer in layers:
         stack = getattr(layer, "stack", "")
         prefix = f"{stack}_" if stack else ""
-        for product, (A, B) in factors_of(layer).items():
+        for product, (A, B) in products_of(layer).items():
             try:
-                table = metrics(A, B, threshold)
+                _, table, planes = measure_product(layer, product, A, B, threshold)
             except UserError as error:
                 where = f"{stack} layer {layer.layer}".strip()
                 raise UserError(f"{where}, {product}: {error}") from None
-            for name, values in table.items():
+            for name, values in {**table, **planes}.items():
                 heads.setdefault(f"attn_{name}_{product}", []).extend(values)
             by_layer[f"{prefix}layer{layer.layer}_{rank}_{product}"] = table[rank]
     return {name: sum(values) / len(values) for name, values in {**heads, **by_layer}.items()}

@@ -50,3 +50,58 @@ def undetermined(table, given, always=()):
     others = [name for name in table if name not in given]
     return [name for name in others
             if name in always or len(table[[*given, name]].drop_duplicates()) > n_groups]
+
+
+# ------------------------------------------------------------ heads.csv: what decay regularises
+
+# the column `regulariser`, and how its gap is computed
+HOW = {
+    "nuclear": "nuclear norm",
+    "planes": "sum over rotary planes of |a_j| |b_j|",
+    "none": "q and k are normed, so decay does not regularise their product",
+}
+
+
+def regularised(heads, product):
+    """The rows of heads.csv on whose factors L2 acts as a norm of their product, of "qk" or "ov".
+
+    These are the stacked products of the key/value heads where queries share them. In columns of their own:
+    `norm`, what L2 becomes, its `norm_gap` and `norm_gap_gaussian`; `regulariser` names it.
+    """
+    stacked = heads[heads["product"] == f"{product}_stacked"]
+    rows = (heads[heads["product"] == product] if stacked.empty else stacked).copy()
+    if "regulariser" not in rows:
+        rows["regulariser"] = "nuclear"
+    planes = rows["regulariser"] == "planes"
+    names = {"norm": ("nuclear", "nuclear_planes"), "norm_gap": ("gap", "gap_planes"),
+             "norm_gap_gaussian": ("gap_gaussian", "gap_planes_gaussian")}
+    for name, (plain, by_plane) in names.items():
+        rows[name] = rows[plain].where(~planes, rows[by_plane]) if planes.any() else rows[plain]
+    return rows
+
+
+def how(rows, product):
+    """How the gap of the rows of regularised() is computed, in words."""
+    said = ", elsewhere ".join(HOW[name] for name in rows["regulariser"].unique())
+    planes = rows[rows["regulariser"] == "planes"]
+    if len(planes) and (2 * planes["planes"] < planes["d_head"]).any():
+        said += " plus the nuclear norm of the rows that do not turn"
+    if rows["product"].iloc[0] != product and set(rows["regulariser"]) != {"none"}:
+        said += ", of each key/value head with all its queries"
+    return said
+
+
+def gap_lines(heads):
+    """A line on each product whose gap is not that of the plain W_K^T W_Q or P W_V, for rows of heads.csv."""
+    lines = []
+    for product in ("qk", "ov"):
+        rows = regularised(heads, product)
+        if rows["product"].iloc[0] == product and set(rows["regulariser"]) == {"nuclear"}:
+            continue
+        gaps = rows[rows["regulariser"] != "none"]
+        numbers = "none"
+        if len(gaps):
+            gap, gaussian = gaps["norm_gap"].mean(), gaps["norm_gap_gaussian"].mean()
+            numbers = f"{gap:.3f} (Gaussian factors {gaussian:.3f})"
+        lines.append(f"gap that decay closes, {product}: {numbers}; {how(rows, product)}")
+    return lines

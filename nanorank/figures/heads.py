@@ -12,8 +12,10 @@ from matplotlib.colors import ListedColormap, Normalize
 from nanorank.errors import UserError
 from nanorank.figures import style
 from nanorank.figures.style import HEAD_COLUMNS, PRODUCTS, look, pick
+from nanorank.tables import regularised
 
 FACTORS = {"qk": ("W_K", "W_Q"), "ov": ("P", "W_V")}
+SUM_OVER_PLANES = r"$\sum_j \|a_j\|\,\|b_j\|$ over rotary planes"
 
 
 def heads(path, chosen=()):
@@ -61,6 +63,8 @@ def nuclear_norm(path):
     """Nuclear norm of every head against half the squared norms of its factors, and these against each other.
 
     Balanced heads lie on the diagonal. Grey rings: Gaussian factors of the same shapes and norms.
+    Where queries share keys, a dot is a key/value head with all its queries. Where q and k turn, the sum
+    over rotary planes takes the nuclear norm's place. Titles and axes say so.
     """
     columns = (*HEAD_COLUMNS, "half_sq_norm", "nuclear", "gap_gaussian", "norm_A", "norm_B")
     runs = style.by_run(style.last_rows(style.read_runs(path, columns)))
@@ -71,16 +75,16 @@ def nuclear_norm(path):
         places = list(run["place"].unique())
         last_layer = max(1, len(places) - 1)
         for (product, symbol), left, right in zip(PRODUCTS.items(), line[:2], line[2:]):
-            own = pick(run, product=product)
+            own = regularised(run, product)
             layer = own["place"].map(places.index)
             dots = {"c": layer, "s": 9, "cmap": "viridis", "vmin": 0, "vmax": last_layer, "linewidth": 0}
-            half, nuclear = own["half_sq_norm"], own["nuclear"]
+            half, norm = own["half_sq_norm"], own["norm"]
             a, b = FACTORS[product]
 
-            left.scatter(half, half * (1 - own["gap_gaussian"]), label="Gaussian factors", **rings)
-            left.scatter(half, nuclear, label="heads", **dots)
-            identity(left, half, nuclear, "balanced")
-            left.set(title=f"{symbol}, {name}", ylabel=f"nuclear norm of {symbol}")
+            left.scatter(half, half * (1 - own["norm_gap_gaussian"]), label="Gaussian factors", **rings)
+            left.scatter(half, norm, label="heads", **dots)
+            identity(left, half, norm, "balanced")
+            left.set(title=title(own, product, symbol, name), ylabel=norm_label(own, symbol))
             left.set_xlabel(rf"$\frac{{1}}{{2}}(\|{a}\|^2 + \|{b}\|^2)$")
 
             points = right.scatter(own["norm_A"], own["norm_B"], **dots)
@@ -90,6 +94,26 @@ def nuclear_norm(path):
         style.label_layers(bar.ax.yaxis, places)
     style.legend(fig, axes[0, 0], 3)
     return style.write(fig, path, "nuclear_norm")
+
+
+def title(rows, product, symbol, name):
+    """Names the product of rows of tables.regularised, and what is special about it on a second line."""
+    notes = []
+    if rows["product"].iloc[0] != product:
+        notes.append("all queries of a key")
+    if "none" in set(rows["regulariser"]):
+        notes.append("QK-norm: decay closes no gap")
+    return "\n".join([f"{symbol}, {name}", *([", ".join(notes)] if notes else [])])
+
+
+def norm_label(rows, symbol):
+    """The axis label of the norm that L2 on the factors becomes, or of the nuclear norm where it is none."""
+    kinds = set(rows["regulariser"])
+    if kinds == {"planes"}:
+        return SUM_OVER_PLANES
+    if "planes" in kinds:
+        return f"nuclear norm of {symbol},\nor {SUM_OVER_PLANES}"
+    return f"nuclear norm of {symbol}"
 
 
 def identity(ax, x, y, label):
