@@ -43,7 +43,7 @@ def gaussian_imbalance(norm_A, norm_B, d_A, d_B, r, planes):
     size_A, size_B = ((2 * (d + 1) if planes else d + r + 1) / (d * r) for d in (d_A, d_B))
     a, b = norm_A**2 * size_A**0.5, norm_B**2 * size_B**0.5  # |A^T A|, |B^T B|
     difference = a**2 + b**2 - 2 * norm_A**2 * norm_B**2 * overlap
-    return difference.clip(lower=0)**0.5 / (a + b)
+    return np.maximum(difference, 0.0)**0.5 / (a + b)
 
 
 def heads_of_model(path, rows):
@@ -61,7 +61,7 @@ def heads_of_model(path, rows):
             is_planes = right["regulariser"].iloc[0] == "planes"
             table["right_gap"] = right["norm_gap"]
             table["right_gap_gaussian"] = right["norm_gap_gaussian"]
-            table["right_imbalance"] = right["norm_imbalance"]
+            table["right_imbalance"] = right["imbalance_planes" if is_planes else "imbalance"]
         wide = g * d if product.endswith("_stacked") else d
         d_A, d_B = (wide, d) if name == "ov" else (d, wide)
         r = int(table["d_head"].iloc[0])
@@ -75,7 +75,7 @@ def heads_of_model(path, rows):
 def summary_of(heads):
     """Means over the heads of each model, stack and product; `right` ones over key/value heads if stacked."""
     columns = ["rank95", "rank95_gaussian", "gap", "gap_gaussian", "imbalance", "right_gap",
-               "right_gap_gaussian", "right_imbalance", "right_imbalance_gaussian"]
+               "right_gap_gaussian", "right_imbalance", "right_imbalance_gaussian", "norm_A", "norm_B"]
     groups = heads.groupby(["model", "stack", "product"], sort=False)
     table = groups[columns].mean()
     table.insert(0, "heads", groups.size())
@@ -98,8 +98,9 @@ def main(path, folder):
     unknown = sorted(set(table["model"]) ^ set(names))
     if unknown:
         raise UserError(f"{', '.join(unknown)}: not in both of {path} and {folder}/models.csv")
-    if "stack" not in table:
-        table["stack"] = ""
+    for column, usual in (("stack", ""), ("regulariser", "nuclear")):
+        if column not in table:
+            table[column] = usual
     table["stack"] = table["stack"].fillna("")
 
     by_model = {}

@@ -1,10 +1,11 @@
 """
-Makes a folder that analyze.py reads of a model file of CTranslate2 or llama2.c: model.safetensors, config.json.
+Makes a folder that analyze.py reads of a model file of CTranslate2 or llama2.c.
 
     python -m scripts.unpack model.bin out/whisper-base         # CTranslate2's model.bin (faster-whisper)
     python -m scripts.unpack stories260K.bin out/stories260K    # llama2.c's .bin
 
-Weights stay as they are stored, float32 or float16; quantised ones are refused.
+The folder holds model.safetensors and config.json. Weights stay as they are stored, float32 or float16;
+quantised ones are refused.
 """
 import os
 import re
@@ -78,7 +79,7 @@ def read_ctranslate2(reader):
         data = reader.take(size)
         is_matrix = name.endswith(".weight") and rank > 1
         if is_matrix and CT2_TYPES.get(kind) not in ("<f4", "<f2"):
-            raise UserError(f"{path}: {name} is quantised, or bfloat16: convert the model to float16 or float32")
+            raise UserError(f"{path}: {name} is quantised, or bfloat16: make the model again in float16")
         if kind not in CT2_TYPES:
             continue
         x = np.frombuffer(data, CT2_TYPES[kind]).reshape(shape)

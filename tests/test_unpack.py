@@ -69,7 +69,7 @@ def test_ctranslate2(tmp_path, dtype):
     path = ctranslate2(tmp_path / "model.bin", wanted,
                        [("decoder/projection/weight", "decoder/embeddings/weight")])
     assert "scripts.unpack" in what_file_is(path)
-    script("scripts/unpack.py", path, tmp_path / "out")
+    script("-m", "scripts.unpack", path, tmp_path / "out")
 
     layers = by_stack(tmp_path / "out")
     assert layers.keys() == {"encoder", "decoder", "cross"}
@@ -115,4 +115,5 @@ def test_what_cannot_be_unpacked_is_refused(tmp_path):
                         "int8.bin": "quantised"}.items():
         with pytest.raises(UserError, match=words):
             unpack.main(str(tmp_path / name), str(tmp_path / "out"))
-    one_line_exit_2(script("scripts/unpack.py", tmp_path / "part.bin", tmp_path / "out", check=False), "part.bin")
+    result = script("-m", "scripts.unpack", tmp_path / "part.bin", tmp_path / "out")
+    one_line_exit_2(result, "part.bin")
