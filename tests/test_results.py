@@ -200,7 +200,8 @@ def test_pretrained():
         own = {product: summary[model, stack, product] for product in ("qk", "ov")}
         right = {product: summary.get((model, stack, f"{product}_stacked"), own[product]) for product in own}
         cells = [f"{model} {stack}".strip(), models[model]["weight_decay"], own["qk"]["d_head"]]
-        for table, column, digits in ((own, "rank95", 1), (right, "right_gap", 3), (right, "right_imbalance", 3)):
+        columns = (own, "rank95", 1), (right, "right_gap", 3), (right, "right_imbalance", 3)
+        for table, column, digits in columns:
             for row in table.values():
                 x, gaussian = row[column], row[f"{column}_gaussian"]
                 cells.append(f"{float(x):.{digits}f} ({float(gaussian):.{digits}f})" if x else "-")

@@ -111,8 +111,9 @@ def test_what_cannot_be_unpacked_is_refused(tmp_path):
     quantised = whisper()
     quantised["encoder/layer_0/self_attention/linear_0/weight"] = np.ones((36, 12), np.int8)
     ctranslate2(tmp_path / "int8.bin", quantised)
-    for name, words in {"part.bin": "a part of the model missing", "noise.bin": "neither", "none.bin": "No such",
-                        "int8.bin": "quantised"}.items():
+    said = {"part.bin": "a part of the model missing", "noise.bin": "neither", "none.bin": "No such",
+            "int8.bin": "quantised"}
+    for name, words in said.items():
         with pytest.raises(UserError, match=words):
             unpack.main(str(tmp_path / name), str(tmp_path / "out"))
     result = script("-m", "scripts.unpack", tmp_path / "part.bin", tmp_path / "out")

@@ -42,7 +42,7 @@ def right_rows(heads, product):
 
 
 def pretrained(path):
-    """Every head of every model: the gap that L2 closes and rank95 over the width, beside Gaussian factors."""
+    """The gap that L2 closes and rank95 over the width, of every head of every model, beside random factors."""
     heads, models = read(path)
     colours = colours_of(models)
     rows = list(heads["row"].unique())
@@ -72,7 +72,7 @@ def pretrained(path):
 
 
 def strips(ax, heads, values, gaussian, rows, colours):
-    """A strip of dots for each row: a dot a head, a ring around their mean, a bar at Gaussian factors' mean."""
+    """A strip for each row: a dot a head, a large one at their mean, a bar at the mean of Gaussian factors."""
     rng = np.random.default_rng(0)
     for i, name in enumerate(rows):
         own = heads["row"] == name
