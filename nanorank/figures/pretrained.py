@@ -54,10 +54,10 @@ def pretrained(path):
         own = pick(heads, product=product)
         shares = own["rank95"] / own["d_head"], own["rank95_gaussian"] / own["d_head"]
         strips(axes[2 + i], own, *shares, rows, colours)
-        axes[2 + i].set(title=symbol, xlabel="rank95 / width of the head", xlim=(0, 1))
+        axes[2 + i].set(title=symbol, xlabel="rank95 / width of the head", xlim=(0, 1.03))
     low = min(axes[0].get_xlim()[0], axes[1].get_xlim()[0])
     for ax in axes[:2]:
-        ax.set_xlim(low, 1)
+        ax.set_xlim(low, 0.7)
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
 
@@ -96,8 +96,8 @@ def factors(path):
     """
     heads, models = read(path)
     rings = {"s": 12, "facecolor": "none", "edgecolor": "0.55", "linewidth": 0.6}
-    fig, axes = plt.subplots(len(models), 4, figsize=(8.4, 1.75 * len(models) + 0.4), squeeze=False)
-    for name, line in zip(models["model"], axes):
+    fig, axes = plt.subplots(len(models), 4, figsize=(8.4, 1.5 * len(models) + 0.6), squeeze=False)
+    for row, (name, line) in enumerate(zip(models["model"], axes)):
         for i, (product, symbol) in enumerate(PRODUCTS.items()):
             own = pick(right_rows(heads, product), model=name)
             layer = own["row"] + own["layer"].astype(str).str.zfill(3)
@@ -115,14 +115,14 @@ def factors(path):
                 left.set(xticks=[], yticks=[])
             right.scatter(own["norm_A"], own["norm_B"], **dots)
             diagonal(right, own["norm_A"], own["norm_B"])
-            if line is axes[0]:
+            if row == 0:
                 left.set_title(f"norm of {symbol}\nover half squared norms", fontsize=9)
                 right.set_title(rf"$\|{b}\|$ over $\|{a}\|$", fontsize=9)
         line[0].set_ylabel(name, fontsize=8)
     for ax in axes.flat:
         ax.tick_params(labelsize=7)
     style.legend(fig, axes[0, 0], 3)
-    return style.write(fig, path, "factors")
+    return style.write(fig, path, "factors", dpi=100)
 
 
 def diagonal(ax, x, y):
