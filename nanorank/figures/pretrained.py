@@ -121,7 +121,8 @@ def factors(path):
         line[0].set_ylabel(name, fontsize=8)
     for ax in axes.flat:
         ax.tick_params(labelsize=7)
-    style.legend(fig, axes[0, 0], 3)
+    labelled = max(axes.flat, key=lambda ax: len(ax.get_legend_handles_labels()[1]))
+    style.legend(fig, labelled, 3)
     return style.write(fig, path, "factors", dpi=100)
 
 
