@@ -34,7 +34,7 @@ from nanorank.measure import head_rows
 from nanorank.norms import CURVES, fit_rows, norm_rows
 from nanorank.positions import remarks_on
 from nanorank.spectra import rank_name
-from nanorank.tables import gap_lines, write_csv
+from nanorank.tables import gap_lines, plane_columns, write_csv
 from nanorank.truncate import save_truncated, truncatable
 
 # what is measured
@@ -203,8 +203,7 @@ def layer_means(heads, columns):
 def print_heads(run, heads, source, remarks):
     """The metrics of a run's last checkpoint by layer, and remarks on what was left out."""
     columns = [rank_name(threshold), "stable_rank", "effective_rank", "nuclear", "half_sq_norm"]
-    columns += ["gap", "gap_gaussian", "imbalance"]
-    columns += [name for name in heads if re.match(r"planes\d|(gap|imbalance)_planes", name)]
+    columns += ["gap", "gap_gaussian", "imbalance", *plane_columns(heads)]
     step = heads["step"].iloc[0]
     at_step = f", step {step}" if step >= 0 else ""
     widths = "/".join(str(width) for width in sorted(set(heads["d_head"])))
@@ -218,12 +217,12 @@ def print_heads(run, heads, source, remarks):
 
 def print_trajectory(run, heads):
     """The threshold rank and the gap of a run over training."""
-    columns = [rank_name(threshold), "gap"]
+    columns = [rank_name(threshold), "gap", *plane_columns(heads)]
     table = heads.pivot_table(index=["checkpoint", "step"], columns="product", values=columns, sort=False)
     table = table[columns].droplevel("checkpoint")
     table.columns = [f"{metric} {product}" for metric, product in table.columns]
     print(f"\n{run} over training, means over heads and layers")
-    print(table.reset_index().to_string(index=False, float_format="%.3f"))
+    print(table.reset_index().to_string(index=False, float_format="%.3f", na_rep="-"))
 
 
 def print_ignored(paths, files):
@@ -287,11 +286,12 @@ def print_comparison(last, configs):
     (name_a, a), (name_b, b) = last.items()
     check_same_layers(name_a, a, name_b, b)
     columns = [rank_name(threshold), "effective_rank", "nuclear", "gap"]
+    columns += [name for name in plane_columns(a) if name in b]
     means_a = layer_means(a, columns)
     means_b = layer_means(b, columns).loc[means_a.index]
     table = pd.concat({"A": means_a, "B": means_b, "B - A": means_b - means_a}, axis=1)
     print(f"\nA = {name_a}\nB = {name_b}\nmeans over heads")
-    print(table.swaplevel(axis=1)[columns].to_string(float_format="%.3f", col_space=8))
+    print(table.swaplevel(axis=1)[columns].to_string(float_format="%.3f", col_space=8, na_rep="-"))
 
     config_a, config_b = configs[name_a], configs[name_b]
     for name in sorted(config_a.keys() & config_b.keys() - {"out_dir"}):
@@ -306,7 +306,7 @@ def print_comparison(last, configs):
     rows = []
     for label, heads in a.groupby("label", sort=False):
         place = dict(heads[["stack", "layer", "product"]].iloc[0])
-        for metric in columns:
+        for metric in means_a.loc[label].dropna().index:
             x, y = means_a.at[label, metric], means_b.at[label, metric]
             rows.append({**place, "metric": metric, "a": x, "b": y, "difference": y - x})
     return rows

@@ -6,7 +6,8 @@ whether q and k are normed: by a model's config and its tensors' names. Nothing 
     layer = with_positions(layer, module, shapes, configs)
     layer.rope, layer.qk_norm
 
-tests/trials/rotary.py holds HALF, INTERLEAVED and NONE against transformers' own models.
+tests/trials/rotary.py holds HALF, INTERLEAVED and NONE against transformers' own models, but for seven of
+NONE that it could not run, whose code has no rotary positions.
 """
 import math
 import re
@@ -43,7 +44,8 @@ WINDOWS_TURN = ("cohere2", "cohere2_moe", "exaone4", "exaone_moe", "afmoe")
 
 # the share of each head's rows that turns, where a config of such a model_type does not say
 SHARES = {"gpt_neox": 0.25, "stablelm": 0.25, "phi": 0.5, "persimmon": 0.5, "glm": 0.5, "glm4": 0.5,
-          "nemotron": 0.5, "recurrent_gemma": 0.5, "qwen3_next": 0.25}
+          "glm4_moe": 0.5, "glm4v_moe_text": 0.5, "recurrent_gemma": 0.5, "qwen3_next": 0.25,
+          "qwen3_5_text": 0.25, "qwen3_5_moe_text": 0.25}
 
 
 class Positions(NamedTuple):

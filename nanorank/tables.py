@@ -4,6 +4,8 @@ CSV tables through pandas, for every script but the trainers.
     heads = read_csv("out/demo/heads.csv", ["layer", "head", "product"])    # a DataFrame
     write_csv("out/demo/heads.csv", rows)                                   # rows: dicts, or a DataFrame
 """
+import re
+
 import pandas as pd
 
 from nanorank.errors import UserError
@@ -60,6 +62,11 @@ HOW = {
     "planes": "sum over rotary planes of |a_j| |b_j|",
     "none": "q and k are normed, so decay does not regularise their product",
 }
+
+
+def plane_columns(heads):
+    """The columns on rotary planes that heads.csv has, for printed tables: planes95, gap_planes ..."""
+    return [name for name in heads if re.match(r"planes\d|(gap|imbalance)_planes", name)]
 
 
 def regularised(heads, product):

@@ -23,7 +23,7 @@ class RankLogger:
     call rank(step), and all get the numbers; under DDP one is enough.
     every: steps between measurements; 0: never. threshold: 0.95 gives rank95.
     options: n_head, d_head, n_kv_head where the model does not count its heads; pattern and layout for names
-    that families.SCHEMES lacks.
+    that families.SCHEMES lacks; rope (half, interleaved, none) where it does not say whether q and k turn.
     Raises UserError where no attention is found, or nothing tells the number of heads.
     """
 
@@ -43,7 +43,8 @@ def attention_ranks(model):
 
     The threshold rank is also given by layer, {"layer0_rank95_qk": ...}. model: a GPT or ViT of model.py.
     """
-    return summary(attention_layers(model.state_dict(), model.args["n_head"]))
+    configs = {"model_args": model.args}
+    return summary(attention_layers(model.state_dict(), model.args["n_head"], configs))
 
 
 def group_norms(groups):

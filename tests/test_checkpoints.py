@@ -56,7 +56,7 @@ def assert_same(a, b):
     assert len(a) == len(b) > 0
     for x, y in zip(a, b):
         assert (x.stack, x.layer) == (y.stack, y.layer)
-        assert all(torch.equal(p.float(), q.float()) for p, q in zip(x[2:], y[2:]))
+        assert all(torch.equal(p.float(), q.float()) for p, q in zip(x[2:6], y[2:6]))
 
 
 def refused(path, *words, **options):
@@ -327,7 +327,7 @@ def test_pattern_for_names_that_no_scheme_knows(tmp_path):
     state = renamed(llama(), ("self_attn.", "mixer."), ("_proj", "_matrix"))
     save_file({**state, "model.embed.weight": torch.ones(5, 24)}, tmp_path / "model.safetensors")
     refused(tmp_path, "no attention found", "q_proj", "layers.0.mixer.q_matrix.weight", "--pattern", n_head=4)
-    want = [x[2:] for x in attention_layers(llama(), 4)]
+    want = [x[2:6] for x in attention_layers(llama(), 4)]
     options = {"pattern": "q_matrix.weight,k_matrix.weight,v_matrix.weight,o_matrix.weight", "n_head": 4}
     assert_same(heads(tmp_path, **options), list(attention_layers(llama(), 4)))
     refused(tmp_path, "--layout=x", **{**options, "layout": "x"})
@@ -340,7 +340,7 @@ def test_pattern_for_names_that_no_scheme_knows(tmp_path):
         fused |= {f"b.{i}.m.all": torch.cat([q, k, v]), f"b.{i}.m.end": o}
     torch.save(fused, tmp_path / "fused.pt")
     got = heads(tmp_path / "fused.pt", pattern="all,end", layout="fused", n_head=4)
-    assert all(torch.equal(p, q) for x, y in zip(got, want) for p, q in zip(x[2:], y))
+    assert all(torch.equal(p, q) for x, y in zip(got, want) for p, q in zip(x[2:6], y))
 
 
 def test_a_layer_that_lacks_a_tensor_is_named():

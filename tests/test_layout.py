@@ -11,7 +11,7 @@ import pytest
 from conftest import REPO, script
 
 SCRIPTS = ["analyze", "configurator", "model", "prepare_pile", "train_lm", "train_vit"]
-MOST_LINES = {"train_lm.py": 290, "train_vit.py": 330, "model.py": 300, "analyze.py": 320}
+MOST_LINES = {"train_lm.py": 290, "train_vit.py": 330, "model.py": 300, "analyze.py": 340}
 WIDTH = 110
 
 CODE = []  # every .py file; runs and environments of the user apart

@@ -3,15 +3,19 @@ Which rows of a head turn together: every architecture that transformers can bui
 
     python tests/trials/rotary.py OUT.jsonl                # all, some minutes on one core
     python tests/trials/rotary.py OUT.jsonl llama gptj     # some
+    python tests/trials/rotary.py OUT.jsonl table          # those that nanorank.positions names
+    python tests/trials/rotary.py --csv=results/trust/rotary.csv OUT.jsonl
 
 A random small model reads six tokens. In one attention module at a time, the two rows of W_Q of each rotary
 plane are multiplied by a complex number, those of W_K by the inverse of its conjugate, and the rows that do
 not turn by an invertible matrix and its inverse transpose. The output stays as it was only where the rows
 are paired as the model pairs them. Writes a line for each architecture: the pairings under which each module
 stays (none, half, interleaved), and what nanorank.positions says of it. The share of rows that turn is that
-of nanorank.positions.
+of nanorank.positions. --csv makes the table of such files: of each kind that ran, the pairings of its modules
+in order, what nanorank says, the largest change under that pairing and the least under others.
 """
 import contextlib
+import csv
 import inspect
 import json
 import os
@@ -164,6 +168,30 @@ def examine(kind):
     return {"verdict": verdict or "no pairing", "modules": found, "kept": kept}
 
 
+def write_csv(path, sources):
+    """The table of a trial's files; of a kind that is in several, the last."""
+    lines = {}
+    for source in sources:
+        with open(source) as file:
+            for text in file:
+                line = json.loads(text)
+                lines[line["kind"]] = line
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["kind", "nanorank", "stays", "modules", "largest_change", "least_change_otherwise"])
+        for kind in sorted(lines):
+            if "kept" not in lines[kind]:
+                continue
+            says, fits, most, least = [], [], [], []
+            for module, (kept, otherwise, said) in zip(lines[kind]["modules"].values(), lines[kind]["kept"]):
+                says.append(said[0] or "unknown")
+                fits.append("none" if "none" in kept else "|".join(kept) or "no pairing")
+                most.append(module.get(said[0], 0.0))
+                least += [otherwise] if fits[-1] != "none" else []
+            row = [kind, "/".join(dict.fromkeys(says)), "/".join(dict.fromkeys(fits)), len(says)]
+            writer.writerow([*row, f"{max(most):.1e}", f"{min(least):.1e}" if least else ""])
+
+
 def timeout(signum, frame):
     raise TimeoutError
 
@@ -176,6 +204,9 @@ def main(out, kinds):
         with open(out) as file:
             done = {json.loads(line)["kind"] for line in file}
     signal.signal(signal.SIGALRM, timeout)
+    if kinds == ["table"]:
+        known = positions.HALF | positions.INTERLEAVED | positions.NONE
+        kinds = sorted(known & MODEL_MAPPING_NAMES.keys())
     for kind in kinds or sorted(MODEL_MAPPING_NAMES):
         if kind in done:
             continue
@@ -193,4 +224,7 @@ def main(out, kinds):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    if sys.argv[1].startswith("--csv="):
+        write_csv(sys.argv[1].removeprefix("--csv="), sys.argv[2:])
+    else:
+        main(sys.argv[1], sys.argv[2:])
