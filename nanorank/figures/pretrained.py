@@ -42,7 +42,7 @@ def right_rows(heads, product):
 
 
 def pretrained(path):
-    """The gap that L2 closes and rank95 over the width, of every head of every model, beside random factors."""
+    """The gap that L2 closes and rank95 over the width, of every head of every model."""
     heads, models = read(path)
     colours = colours_of(models)
     rows = list(heads["row"].unique())
@@ -72,7 +72,7 @@ def pretrained(path):
 
 
 def strips(ax, heads, values, gaussian, rows, colours):
-    """A strip for each row: a dot a head, a large one at their mean, a bar at the mean of Gaussian factors."""
+    """A strip for each row: a dot a head, a large one at the mean, a bar at Gaussian factors' mean."""
     rng = np.random.default_rng(0)
     for i, name in enumerate(rows):
         own = heads["row"] == name
