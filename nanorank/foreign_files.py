@@ -15,7 +15,10 @@ import zipfile
 
 GGUF = ("a GGUF file of llama.cpp, mostly of quantised weights: give the Hugging Face folder that it was "
         "made from, or let transformers make one: "
-        "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(OUT)")
+        "model = AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME); "
+        "model.config.save_pretrained(OUT); torch.save(model.state_dict(), OUT + '/pytorch_model.bin')")
+# a version, a length, the name of a specification
+CTRANSLATE2 = re.compile(rb"[\x01-\x0f]\0\0\0.\0\w+Spec\0", re.S)
 NO_TORCH = "give the model as .safetensors or as a state dict of torch"
 DCP = ("of torch.distributed.checkpoint (FSDP, DCP), each process's share in a file: "
        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt makes one of it "
@@ -55,6 +58,8 @@ def what_file_is(path):
     for beginning, words in BEGINNINGS.items():
         if start.startswith(beginning):
             return words
+    if CTRANSLATE2.match(start):
+        return "a model of CTranslate2: python -m scripts.unpack FILE OUT makes a folder of it"
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page, not a model: the download went to a login or an error page"
     if os.path.basename(path).endswith(".distcp"):

@@ -28,6 +28,10 @@ From scripts/theory.py, config/recall.py and scripts/saturate.py:
     recall FOLDER              associative recall over weight decay
     saturation saturation.csv, heads_saturated heads_saturated.csv, scaling scaling.csv
 
+From scripts/pretrained.py, of its heads.csv and the models.csv beside it:
+    pretrained heads.csv       gap and rank of every head of every model beside Gaussian factors
+    factors heads.csv          half the squared norms of the factors against the norm that L2 becomes
+
 `all` draws each results/*/FIGURE.png again from the file beside it, and where a sweep.csv lies, all that the
 grid allows. A figure whose file is missing is named and stays as it is.
 """
@@ -35,11 +39,12 @@ import os
 import sys
 
 from nanorank.errors import UserError, user_errors
-from nanorank.figures import attention_kinds, heads, report, saturation, sweep, theory
+from nanorank.figures import attention_kinds, heads, pretrained, report, saturation, sweep, theory
 
 # {file, or the folder itself: the figures that are drawn from it}
 SOURCES = {
-    "heads.csv": (heads.heads, heads.nuclear_norm, heads.heatmap, sweep.rank_by_layer, sweep.mean_rank),
+    "heads.csv": (heads.heads, heads.nuclear_norm, heads.heatmap, sweep.rank_by_layer, sweep.mean_rank,
+                  pretrained.pretrained, pretrained.factors),
     "spectra.csv": (heads.spectra,),
     "norms.csv": (heads.norms,),
     "sweep.csv": (sweep.rank_by_layer, sweep.mean_rank, sweep.wd_grid, sweep.norm_growth),

@@ -228,3 +228,35 @@ def test_architectures_are_counted():
     for outcome in ("equal", "refused", "unverified", "differs", "not built"):
         assert f"| {outcome} | {outcomes.count(outcome)} |" in text
     assert f"`architectures.csv`, {len(outcomes)} kinds" in text
+
+
+def test_pretrained():
+    """Every cell of the two tables; the means are those of the heads."""
+    text = read("results", "pretrained", "README.md").splitlines()
+    models = {row["model"]: row for row in rows("pretrained/models.csv")}
+    for row in models.values():
+        assert f"| {' | '.join(row.values())} |" in text
+
+    heads = {}
+    for row in rows("pretrained/heads.csv"):
+        heads.setdefault((row["model"], row["stack"], row["product"]), []).append(row)
+    summary = {(row["model"], row["stack"], row["product"]): row for row in rows("pretrained/summary.csv")}
+    assert heads.keys() == summary.keys()
+    assert {model for model, _, _ in heads} == models.keys()
+    for at, row in summary.items():
+        assert int(row["heads"]) == len(heads[at])
+        for column in ("rank95", "right_gap", "right_gap_gaussian", "right_imbalance", "norm_A"):
+            values = [float(head[column]) for head in heads[at] if head[column]]
+            assert len(values) in (0, len(heads[at]))
+            assert not values or statistics.mean(values) == pytest.approx(float(row[column]), rel=1e-4)
+
+    for model, stack in dict.fromkeys(at[:2] for at in summary):
+        own = {product: summary[model, stack, product] for product in ("qk", "ov")}
+        right = {product: summary.get((model, stack, f"{product}_stacked"), own[product]) for product in own}
+        cells = [f"{model} {stack}".strip(), models[model]["weight_decay"], own["qk"]["d_head"]]
+        columns = (own, "rank95", 1), (right, "right_gap", 3), (right, "right_imbalance", 3)
+        for table, column, digits in columns:
+            for row in table.values():
+                x, gaussian = row[column], row[f"{column}_gaussian"]
+                cells.append(f"{float(x):.{digits}f} ({float(gaussian):.{digits}f})" if x else "-")
+        assert f"| {' | '.join(cells)} |" in text
