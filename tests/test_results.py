@@ -172,6 +172,28 @@ def test_runs(folder, runs, column, digits, scale):
             assert f"{mean:.2f}" in line or f"{mean:.1f}" in line, (wd, product, mean)
 
 
+def test_pile_bytes():
+    """Each run's perplexity, mean ranks and gaps, and the differences to coupled decay."""
+    heads = pd.read_csv(REPO / "results/pile_bytes/heads.csv")
+    heads["cell"] = heads["checkpoint"].str.split("/").str[-2]
+    means = heads.groupby(["cell", "product"])[["rank95", "gap", "gap_gaussian"]].mean()
+    runs = rows("pile_bytes/sweep.csv")
+    ppl = {(float(run["mlp_wd"]), float(run["attn_wd"])): float(run["test_ppl"]) for run in runs}
+    lines = re.findall(r"^\| (?:0\.15|0\.45|1\.5) \|.*$", read("results/pile_bytes/README.md"), re.M)
+    assert len(lines) == len(runs)
+    for line, run in zip(lines, runs, strict=True):
+        mlp, attn = float(run["mlp_wd"]), float(run["attn_wd"])
+        qk, ov = (means.loc[run["cell"], product] for product in ("qk", "ov"))
+        expected = [mlp, attn, (float(run["decay_time_constants"]), 2), (ppl[mlp, attn], 3)]
+        if attn == 0:
+            expected.append((ppl[mlp, 0] - ppl[mlp, mlp], 3))
+        expected += [(qk["rank95"], 1), (ov["rank95"], 1)]
+        expected += [(one[name], 3) for one in (qk, ov) for name in ("gap", "gap_gaussian")]
+        for x, value in zip(numbers(line), expected, strict=True):
+            value, digits = value if isinstance(value, tuple) else (value, 9)
+            assert abs(x - value) <= 0.5001 * 10**-digits, (line, x, value)
+
+
 def test_modern_attention():
     """Every number of the table: means over seeds, and differences with their intervals."""
     measures = {(row["kind"], float(row["attn_wd"]), row["measure"]): row
