@@ -62,6 +62,9 @@ def check_settings(settings):
     qk_decay = settings.get("qk_decay", "l2")
     if qk_decay not in ("l2", "nuclear"):
         raise UserError(f"--qk_decay={qk_decay}: expects l2 or nuclear")
+    if qk_decay == "nuclear" and settings["qk_wd"] < 0:
+        raise UserError("--qk_decay=nuclear needs --qk_wd, what it takes off singular values in units of the "
+                        "learning rate: attn_wd is of another unit")
     if qk_decay == "nuclear" and settings["optimizer"] == "adam":
         raise UserError("--qk_decay=nuclear acts on the weights, not in the gradient: it takes "
                         "--optimizer=adamw, sgd or muon, not adam")

@@ -132,6 +132,9 @@ class RunSetup:
         if self.settings.get("bf16_residual"):
             if self.dtype != torch.bfloat16:
                 raise UserError(f"--bf16_residual needs bfloat16, and this run is in {str(self.dtype)[6:]}")
+            if self.settings["post_norm"]:
+                raise UserError("--bf16_residual does nothing with --post_norm: each block ends in a norm, "
+                                "which writes float32")
             # dropout stands between embeddings and blocks; blocks add to what they get in its dtype
             model.transformer.drop.register_forward_hook(lambda module, args, x: x.bfloat16())
 

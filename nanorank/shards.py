@@ -61,7 +61,7 @@ def run_in_order(work, jobs, take, save, stop, workers, most_bytes):
             read_error = error
             return None
 
-    # fork: workers share what is imported and loaded; no thread of ours runs yet
+    # fork: workers share what is imported and loaded; of threads only tqdm's may run, which they do not use
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     try:
         with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:

@@ -66,7 +66,8 @@ HOW = {
 
 def plane_columns(heads):
     """The columns on rotary planes that heads.csv has, for printed tables: planes95, gap_planes ..."""
-    return [name for name in heads if re.match(r"planes\d|(gap|imbalance)_planes", name)]
+    names = [name for name in heads if re.match(r"planes\d|(gap|imbalance)_planes", name)]
+    return [name for name in names if heads[name].notna().any()]  # another run's may be the ones
 
 
 def regularised(heads, product):
@@ -75,8 +76,11 @@ def regularised(heads, product):
     These are the stacked products of the key/value heads where queries share them. In columns of their own:
     `norm`, what L2 becomes, its `norm_gap` and `norm_gap_gaussian`; `regulariser` names it.
     """
-    stacked = heads[heads["product"] == f"{product}_stacked"]
-    rows = (heads[heads["product"] == product] if stacked.empty else stacked).copy()
+    stacked = heads["product"] == f"{product}_stacked"
+    keys = [name for name in ("model", "checkpoint", "stack", "layer") if name in heads]
+    layers = pd.MultiIndex.from_frame(heads[keys].fillna(""))
+    grouped = layers.isin(layers[stacked])  # a model may share keys in one stack alone
+    rows = heads[stacked | ((heads["product"] == product) & ~grouped)].copy()
     if "regulariser" not in rows:
         rows["regulariser"] = "nuclear"
     planes = rows["regulariser"] == "planes"
@@ -93,8 +97,10 @@ def how(rows, product):
     planes = rows[rows["regulariser"] == "planes"]
     if len(planes) and (2 * planes["planes"] < planes["d_head"]).any():
         said += " plus the nuclear norm of the rows that do not turn"
-    if rows["product"].iloc[0] != product and set(rows["regulariser"]) != {"none"}:
+    stacked = rows["product"] != product
+    if stacked.any() and set(rows["regulariser"]) != {"none"}:
         said += ", of each key/value head with all its queries"
+        said += "" if stacked.all() else " where queries share keys"
     return said
 
 
@@ -103,7 +109,7 @@ def gap_lines(heads):
     lines = []
     for product in ("qk", "ov"):
         rows = regularised(heads, product)
-        if rows["product"].iloc[0] == product and set(rows["regulariser"]) == {"nuclear"}:
+        if set(rows["product"]) == {product} and set(rows["regulariser"]) == {"nuclear"}:
             continue
         gaps = rows[rows["regulariser"] != "none"]
         numbers = "none"

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -64,11 +65,16 @@ class Smoke(NamedTuple):
     def python(self, *command, seconds=400):
         """Runs `python COMMAND` in the repository. Raises with its last lines unless it exits with 0."""
         command = [*map(str, command)]
-        result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
-                                timeout=seconds)
-        if result.returncode:
-            said = " | ".join((result.stdout + result.stderr).strip().splitlines()[-3:])
-            raise RuntimeError(f"{' '.join(command)[:100]} ... exits with {result.returncode}: {said}")
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, start_new_session=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        finally:
+            if process.poll() is None:  # torchrun's workers too: hung ones would hold the GPUs
+                os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode:
+            said = " | ".join(output.strip().splitlines()[-3:])
+            raise RuntimeError(f"{' '.join(command)[:100]} ... exits with {process.returncode}: {said}")
 
     def train(self, name, *args, script="train_lm.py", processes=1, **settings):
         """Trains in the folder `name`. Returns result.json, and log.jsonl as a DataFrame."""

@@ -70,7 +70,7 @@ def read_ctranslate2(reader):
     reader.numbers("I")  # the version of the format
     spec = reader.text()
     _, count = reader.numbers("II")  # the specification's revision
-    tensors, config = {}, {"model_type": spec.removesuffix("Spec").lower()}
+    tensors, config, n_kv_head = {}, {"model_type": spec.removesuffix("Spec").lower()}, {}
     for _ in range(count):
         name = reader.text().replace("/", ".")
         rank, = reader.numbers("B")
@@ -86,8 +86,14 @@ def read_ctranslate2(reader):
         if name.endswith(".num_heads"):
             stack = name.split(".")[0]
             config[f"{stack}_attention_heads"] = int(x)
+        elif name.endswith(".num_heads_kv"):
+            n_kv_head[name.split(".")[0]] = int(x)
         elif rank > 0:
             tensors.update(as_hugging_face(name, x))
+    for stack, n in n_kv_head.items():
+        if n not in (0, config.get(f"{stack}_attention_heads")):
+            raise UserError(f"{path}: {n} key/value heads are shared by the queries of the {stack}, which is "
+                            "not read")
     return tensors, config
 
 

@@ -430,7 +430,7 @@ def test_the_decay_that_is_printed_and_counted(train, tmp_path, capsys):
     assert f"W_Q and W_K: weight decay 0.25, {sum_lr / 4:.2f} decay time constants" in out
     assert f"weight decay 2, {2 * sum_lr:.2f} decay time constants" in out
 
-    result = train(tmp_path / "nuclear", qk_decay="nuclear")
+    result = train(tmp_path / "nuclear", qk_decay="nuclear", qk_wd=1.0)
     assert result["nuclear_decay_qk"] == pytest.approx(sum_lr) == result["decay_time_constants"]
     assert "decay_time_constants_qk" not in result
     assert f"nuclear decay 1, {sum_lr:.2f} off each singular value" in capsys.readouterr().out
@@ -452,7 +452,8 @@ def test_nuclear_decay_lowers_the_rank_of_qk_and_leaves_ov(train, tmp_path):
     ({"n_kv_head": -1}, "--n_kv_head=-1 must not be negative"),
     ({"rope": True, "n_embd": 30}, "must be even"),
     ({"qk_decay": "nuclaer"}, "--qk_decay=nuclaer: expects l2 or nuclear"),
-    ({"qk_decay": "nuclear", "optimizer": "adam"}, "--qk_decay=nuclear"),
+    ({"qk_decay": "nuclear"}, "--qk_decay=nuclear needs --qk_wd"),
+    ({"qk_decay": "nuclear", "qk_wd": 1.0, "optimizer": "adam"}, "acts on the weights"),
     ({"qk_wd": -0.5}, "--qk_wd=-0.5 must not be negative"),
     ({"qk_wd": math.inf}, "--qk_wd=inf"),
 ])

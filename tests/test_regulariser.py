@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import pandas as pd
 import pytest
 import torch
 from conftest import REPO
@@ -355,6 +356,28 @@ def test_planes_of_two_models_and_over_training(tmp_path, run):
     planes = [row for row in compared if row["metric"] == "gap_planes"]
     assert [row["product"] for row in planes] == ["qk", "qk"]
     assert float(planes[0]["a"]) == pytest.approx(sum(float(row["gap_planes"]) for row in rows[:8]) / 8)
+
+
+def test_a_rotary_run_beside_a_plain_one(tmp_path, run):
+    """heads.csv then has columns on planes that the plain run leaves empty."""
+    for step in (1, 2):
+        hugging_face(tmp_path / "turns" / f"step{step}", "Llama")
+        hugging_face(tmp_path / "plain" / f"step{step}", "GPT2")
+    out, _ = run(tmp_path / "turns", tmp_path / "plain")
+    of_plain = out[out.index("plain over training"):]
+    assert "planes95" in out and "planes95" not in of_plain.partition("side by side")[0]
+
+
+def test_keys_shared_in_one_stack_alone():
+    """The rows that L2 acts on are the stacked ones in the text, the plain ones in the vision tower."""
+    rows = []
+    for stack, products in (("text", ("qk", "qk", "qk_stacked")), ("vision", ("qk", "qk"))):
+        for product in products:
+            said = "stacked" if (stack, product) == ("text", "qk") else "nuclear"
+            rows.append({"checkpoint": "a", "stack": stack, "layer": 0, "product": product, "nuclear": 1.0,
+                         "gap": 0.1, "gap_gaussian": 0.2, "regulariser": said})
+    found = regularised(pd.DataFrame(rows), "qk")
+    assert list(zip(found["stack"], found["product"])) == [("text", "qk_stacked"), *[("vision", "qk")] * 2]
 
 
 def test_qwen_3_has_no_gap_of_qk(tmp_path, run):

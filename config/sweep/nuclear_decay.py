@@ -7,7 +7,8 @@ Model, data and steps are those of config/sweep/modern_attention.py, V and P alw
 constant. Under QK-norm a change of the norms of W_Q and W_K changes nothing but the effective learning
 rate, so L2 is not expected to lower the rank of QK; nuclear decay is. The learning rates sum to 2.2: L2
 makes 0, 1 and 3 time constants, nuclear decay takes 0.11, 0.33 and 1 off each singular value, whose median
-without decay is some 0.2. A run takes about 80 s on one core.
+without decay is some 0.2. A run takes about 80 s on one core. Reached: rank95 of QK 13.2, 10.3, 9.5 of 32
+under L2 and 8.7, 6.2, 4.3 under nuclear decay (results/nuclear_decay/).
 """
 configs = "config/demo.py"
 fixed = """

@@ -37,7 +37,7 @@ def colours_of(models):
 def right_rows(heads, product):
     """The rows of the heads that L2 acts on: of key/value heads where queries share them."""
     stacked = heads["product"] == f"{product}_stacked"
-    grouped = heads["model"].isin(heads.loc[stacked, "model"])
+    grouped = heads["row"].isin(heads.loc[stacked, "row"])  # a model may share keys in one stack alone
     return heads[stacked | ((heads["product"] == product) & ~grouped)]
 
 
