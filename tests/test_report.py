@@ -189,6 +189,19 @@ def test_small_models_stacks_and_missing_spectra(tmp_path, visit, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_a_stack_that_lacks_a_product(tmp_path, visit):
+    """Keys are shared in the text alone: the other stack shows another product instead."""
+    write_tables(tmp_path, {"out/one": (5,)}, stacks=("text", "vision"), products=("qk", "qk_stacked"))
+    heads = pd.read_csv(tmp_path / "heads.csv")
+    heads[(heads["stack"] == "text") | (heads["product"] == "qk")].to_csv(tmp_path / "heads.csv", index=False)
+    figures.report(str(tmp_path))
+    page = visit(tmp_path)
+    page.select_option("#product", "1")
+    page.select_option("#stack", label="vision")
+    assert page.input_value("#product") == "0"
+    assert "Layer vision 0, head 0: rank95" in page.inner_text("#status")
+
+
 def test_a_name_is_no_markup(tmp_path, visit):
     write_tables(tmp_path, {f"out/{HOSTILE}": (1, 2)})
     figures.report(str(tmp_path))
