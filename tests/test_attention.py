@@ -398,6 +398,7 @@ RUNS = [{"rope": True}, {"n_kv_head": 1}, {"qk_norm": True},  # TINY has two hea
         {"qk_wd": 0.3, "optimizer": "adam"}, {"qk_decay": "nuclear", "qk_wd": 0.5, "qk_norm": True}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", RUNS)
 def test_twenty_steps_are_ten_and_ten(train, tmp_path, settings):
     """To the bit, with dropout: weights, optimizer state, log and result."""
@@ -415,6 +416,7 @@ def test_twenty_steps_are_ten_and_ten(train, tmp_path, settings):
     assert log_lines(tmp_path / "a") == log_lines(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_the_decay_that_is_printed_and_counted(train, tmp_path, capsys):
     """attn is W_V and P then; the sums are of lr times each decay, over a run and its resumption."""
     plain = train(tmp_path / "plain")
@@ -438,6 +440,7 @@ def test_the_decay_that_is_printed_and_counted(train, tmp_path, capsys):
         train(tmp_path / "l2", init_from="resume", **{**same, "qk_wd": 0.5})
 
 
+@pytest.mark.slow
 def test_nuclear_decay_lowers_the_rank_of_qk_and_leaves_ov(train, tmp_path):
     ranks = {}
     for qk_wd in (0.0, 2.0):
@@ -480,6 +483,7 @@ def test_runs_from_before_these_settings_resume(train, tmp_path):
     assert train(tmp_path, max_iters=3, init_from="resume")["steps"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_attention(train, tmp_path):
     """Resumed or started from weights as another model: refused in one line. Sampled: it writes."""
     train(tmp_path / "a", max_iters=2, rope=True, n_kv_head=1, qk_norm=True)

@@ -127,6 +127,7 @@ def departs(before, after):
     return bool((error(before, after) > 0.03).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_kv_head", [2, 1])
 def test_plain_and_grouped_balances_decay_at_2_lam(n_kv_head):
     """Stacked over the queries that share a head; the plain ones of a single query head do not."""
@@ -138,6 +139,7 @@ def test_plain_and_grouped_balances_decay_at_2_lam(n_kv_head):
             assert departs(per_head(W)[product], per_head(after)[product])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rope", [R, R // 2])
 @pytest.mark.parametrize("n_kv_head", [2, 1])
 def test_rotary_planes_decay_at_2_lam_and_nothing_else_does(n_kv_head, rope):
@@ -156,6 +158,7 @@ def test_rotary_planes_decay_at_2_lam_and_nothing_else_does(n_kv_head, rope):
     assert follows(stacked(W)["ov"], stacked(after)["ov"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("qk_norm, over", [("head", (1, 2)), ("layer", (0, 1, 2))])
 @pytest.mark.parametrize("n_kv_head, rope", [(2, 0), (1, R)])
 def test_under_qk_norm_the_squared_norms_decay_at_2_lam(n_kv_head, rope, qk_norm, over):
@@ -171,6 +174,7 @@ def test_under_qk_norm_the_squared_norms_decay_at_2_lam(n_kv_head, rope, qk_norm
     assert follows(stacked(W)["ov"], stacked(after)["ov"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [{}, {"n_kv_head": 1}, {"rope": True}, {"qk_norm": True}])
 def test_the_gpt_of_model_py_keeps_the_same_balances(kind):
     """On associative recall, by torch's SGD with weight_decay."""

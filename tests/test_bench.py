@@ -37,6 +37,7 @@ def test_nanogpt_takes_the_same_steps(tmp_path):
     assert len(peers) == 2 and all(row["losses_apart"] < 1e-4 for row in peers)
 
 
+@pytest.mark.slow
 def test_wrong_input(tmp_path):
     one_line_exit_2(script("-m", "scripts.bench", "speed"), "no benchmark speed")
     one_line_exit_2(script("-m", "scripts.bench", "step", f"--peer={tmp_path}"), "holds no model.py")

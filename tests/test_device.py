@@ -161,6 +161,7 @@ def test_operations_that_apple_gpus_were_in_doubt_of_are_exact():
 
 # ----------------------------------------------------------------- checkpoints
 
+@pytest.mark.slow
 def test_saving_in_a_thread_changes_nothing(train, tmp_path):
     """Checkpoints, snapshots and log are those of a run that waits, those of one that is stopped, too."""
     settings = {"snapshot_steps": "every:5", "eval_interval": 5, "dropout": 0.1}
@@ -307,6 +308,7 @@ def count_graphs(monkeypatch):
     return graphs
 
 
+@pytest.mark.slow
 def test_a_run_compiles_two_graphs_with_and_without_gradients(train, tmp_path, monkeypatch):
     """No graph break, no recompilation: steps, accumulation, evaluation, padded rows, the whole splits."""
     graphs = count_graphs(monkeypatch)
