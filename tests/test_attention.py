@@ -465,6 +465,7 @@ def test_wrong_settings_are_user_errors(train, tmp_path, settings, words):
         train(tmp_path / "a", **settings)
 
 
+@pytest.mark.slow
 def test_the_command_lines(tmp_path):
     one_line_exit_2(script("train_vit.py", "--rope", f"--out_dir={tmp_path}"), "rope")
     one_line_exit_2(script("train_lm.py", "--qk_decay=l1", f"--out_dir={tmp_path}"), "--qk_decay=l1")
