@@ -16,8 +16,9 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# words in a chip's name, and its FLOP/s in 16 bits without sparsity, from data sheets. The first row that
-# fits counts, so the special ones come first. None: a part of a chip, or a slower one of that name.
+# words in a chip's name, and its FLOP/s in 16 bits without sparsity, data sheets from memory, not compared
+# again. The first row that fits counts, so the special ones come first. None: a part of a chip, or a slower
+# one of that name.
 PEAKS = (
     ("MIG", None), ("GRID", None), ("Laptop", None), ("Max-Q", None), ("4090 D", None), ("5090 D", None),
     ("GB300", 2500e12), ("GB200", 2500e12), ("B300", 2250e12), ("B200", 2250e12),
