@@ -70,17 +70,22 @@ def plane_columns(heads):
     return [name for name in names if heads[name].notna().any()]  # another run's may be the ones
 
 
-def regularised(heads, product):
-    """The rows of heads.csv on whose factors L2 acts as a norm of their product, of "qk" or "ov".
-
-    These are the stacked products of the key/value heads where queries share them. In columns of their own:
-    `norm`, what L2 becomes, its `norm_gap` and `norm_gap_gaussian`; `regulariser` names it.
-    """
+def whole_products(heads, product):
+    """The rows of heads.csv of "qk" or "ov": stacked over its queries where they share a key/value head."""
     stacked = heads["product"] == f"{product}_stacked"
     keys = [name for name in ("model", "checkpoint", "stack", "layer") if name in heads]
     layers = pd.MultiIndex.from_frame(heads[keys].fillna(""))
     grouped = layers.isin(layers[stacked])  # a model may share keys in one stack alone
-    rows = heads[stacked | ((heads["product"] == product) & ~grouped)].copy()
+    return heads[stacked | ((heads["product"] == product) & ~grouped)]
+
+
+def regularised(heads, product):
+    """The rows of heads.csv on whose factors L2 acts as a norm of their product, of "qk" or "ov".
+
+    These are whole_products. In columns of their own: `norm`, what L2 becomes, its `norm_gap` and
+    `norm_gap_gaussian`; `regulariser` names it.
+    """
+    rows = whole_products(heads, product).copy()
     if "regulariser" not in rows:
         rows["regulariser"] = "nuclear"
     planes = rows["regulariser"] == "planes"

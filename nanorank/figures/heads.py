@@ -11,10 +11,9 @@ from matplotlib.colors import ListedColormap, Normalize
 
 from nanorank.errors import UserError
 from nanorank.figures import style
-from nanorank.figures.style import HEAD_COLUMNS, PRODUCTS, look, pick
+from nanorank.figures.style import FACTORS, HEAD_COLUMNS, PRODUCTS, look, pick
 from nanorank.tables import regularised
 
-FACTORS = {"qk": ("W_K", "W_Q"), "ov": ("P", "W_V")}
 SUM_OVER_PLANES = r"$\sum_j \|a_j\|\,\|b_j\|$ over rotary planes"
 
 

@@ -9,10 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from nanorank.figures import style
-from nanorank.figures.style import COLOURS, PRODUCTS, pick
-from nanorank.tables import read_csv
+from nanorank.figures.style import COLOURS, FACTORS, PRODUCTS, pick
+from nanorank.tables import read_csv, whole_products
 
-FACTORS = {"qk": ("W_K", "W_Q"), "ov": ("P", "W_V")}
 COLUMNS = ["model", "stack", "layer", "head", "product", "d_head", "rank95", "rank95_gaussian", "right_gap",
            "right_gap_gaussian", "norm_A", "norm_B"]
 
@@ -34,13 +33,6 @@ def colours_of(models):
     return {model: colours[str(decay)] for model, decay in zip(models["model"], models["weight_decay"])}
 
 
-def right_rows(heads, product):
-    """The rows of the heads that L2 acts on: of key/value heads where queries share them."""
-    stacked = heads["product"] == f"{product}_stacked"
-    grouped = heads["row"].isin(heads.loc[stacked, "row"])  # a model may share keys in one stack alone
-    return heads[stacked | ((heads["product"] == product) & ~grouped)]
-
-
 def pretrained(path):
     """The gap that L2 closes and rank95 over the width, of every head of every model."""
     heads, models = read(path)
@@ -48,7 +40,7 @@ def pretrained(path):
     rows = list(heads["row"].unique())
     fig, axes = plt.subplots(1, 4, figsize=(11.5, 0.29 * len(rows) + 1.3), sharey=True)
     for i, (product, symbol) in enumerate(PRODUCTS.items()):
-        gaps = right_rows(heads, product)
+        gaps = whole_products(heads, product)
         strips(axes[i], gaps, gaps["right_gap"], gaps["right_gap_gaussian"], rows, colours)
         axes[i].set(title=symbol, xlabel="gap", xscale="log")
         own = pick(heads, product=product)
@@ -99,7 +91,7 @@ def factors(path):
     fig, axes = plt.subplots(len(models), 4, figsize=(8.4, 1.5 * len(models) + 0.6), squeeze=False)
     for row, (name, line) in enumerate(zip(models["model"], axes)):
         for i, (product, symbol) in enumerate(PRODUCTS.items()):
-            own = pick(right_rows(heads, product), model=name)
+            own = pick(whole_products(heads, product), model=name)
             layer = own["row"] + own["layer"].astype(str).str.zfill(3)
             dots = {"c": layer.rank(method="dense"), "s": 8, "cmap": "viridis", "linewidth": 0}
             half = (own["norm_A"]**2 + own["norm_B"]**2) / 2

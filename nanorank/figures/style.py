@@ -17,6 +17,7 @@ from nanorank.tables import read_csv
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX*"
 PRODUCTS = {"qk": r"$W_K^\top W_Q$", "ov": r"$P\,W_V$"}
+FACTORS = {"qk": ("W_K", "W_Q"), "ov": ("P", "W_V")}
 MOST_RUNS = 4  # rows of a figure that has a row a run
 HEAD_COLUMNS = ("checkpoint", "step", "layer", "head", "product", "d_head")
 plt.rcParams.update({
