@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import train_lm
+from model import init_weights
 from nanorank.errors import UserError
 from nanorank.images import RECORD
 
@@ -197,6 +198,15 @@ def logged(out_dir, name):
 
 def load(path):
     return torch.load(path, weights_only=True)
+
+
+def off_initial(model, seed=0):
+    """The model, initialised, with biases and norms off their initial values, so that a mix-up shows."""
+    init_weights(model, seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return model
 
 
 def assert_same_weights(a, b, tolerance=0.0):

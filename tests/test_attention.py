@@ -11,6 +11,7 @@ from conftest import (
     load,
     log_lines,
     logged,
+    off_initial,
     one_line_exit_2,
     refused,
     script,
@@ -45,13 +46,7 @@ EACH = [{name: value} for name, value in MODERN.items()]
 
 
 def gpt(seed=0, **changes):
-    """A GPT whose biases and norms are off their initial values, so that a mix-up shows."""
-    model = GPT(**{**SHAPE, **changes})
-    init_weights(model, seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    return model
+    return off_initial(GPT(**{**SHAPE, **changes}), seed)
 
 
 def tokens(*shape):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import off_initial
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,13 +22,7 @@ SHAPE = {"vocab_size": 120, "block_size": 24, "n_layer": 3, "n_head": 4, "n_embd
 
 
 def gpt(seed=0, **changes):
-    """A GPT whose biases and norms are off their initial values, so that a mix-up shows."""
-    model = GPT(**{**SHAPE, **changes})
-    init_weights(model, seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    return model
+    return off_initial(GPT(**{**SHAPE, **changes}), seed)
 
 
 def transposed(name, p):

@@ -461,14 +461,20 @@ def reason(line):
     return "; ".join(parts)
 
 
-def write_csv(path, sources):
-    """The table of architectures: kind, outcome (WRONG is "differs"), reason."""
+def last_lines(sources):
+    """{kind: line} of a trial's files; of a kind that is in several, the last."""
     lines = {}
     for source in sources:
         with open(source) as file:
             for text in file:
                 line = json.loads(text)
                 lines[line["kind"]] = line
+    return lines
+
+
+def write_csv(path, sources):
+    """The table of architectures: kind, outcome (WRONG is "differs"), reason."""
+    lines = last_lines(sources)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["kind", "outcome", "reason"])
@@ -481,7 +487,11 @@ def timeout(signum, frame):
     raise TimeoutError
 
 
-def main(out, kinds):
+def try_each(out, kinds, examine, said):
+    """Writes a line for each kind to a file, a minute each at most. A kind that is there already is left out.
+
+    examine(kind) -> dict with a verdict; said(line): what is printed of it.
+    """
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -503,8 +513,11 @@ def main(out, kinds):
         signal.alarm(0)
         with open(out, "a") as file:
             file.write(json.dumps({"kind": kind, **line}) + "\n")
-        said = line.get("why") or line.get("wrong") or line.get("unverified")
-        print(kind, line["verdict"], said, flush=True)
+        print(kind, line["verdict"], said(line), flush=True)
+
+
+def main(out, kinds):
+    try_each(out, kinds, examine, lambda line: line.get("why") or line.get("wrong") or line.get("unverified"))
 
 
 if __name__ == "__main__":

@@ -17,18 +17,13 @@ in order, what nanorank says, the largest change under that pairing and the leas
 import contextlib
 import csv
 import inspect
-import json
-import os
-import signal
 import sys
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import transformers
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from trials import architectures
 
@@ -170,12 +165,7 @@ def examine(kind):
 
 def write_csv(path, sources):
     """The table of a trial's files; of a kind that is in several, the last."""
-    lines = {}
-    for source in sources:
-        with open(source) as file:
-            for text in file:
-                line = json.loads(text)
-                lines[line["kind"]] = line
+    lines = architectures.last_lines(sources)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["kind", "nanorank", "stays", "modules", "largest_change", "least_change_otherwise"])
@@ -192,35 +182,11 @@ def write_csv(path, sources):
             writer.writerow([*row, f"{max(most):.1e}", f"{min(least):.1e}" if least else ""])
 
 
-def timeout(signum, frame):
-    raise TimeoutError
-
-
 def main(out, kinds):
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    done = set()
-    if os.path.exists(out):
-        with open(out) as file:
-            done = {json.loads(line)["kind"] for line in file}
-    signal.signal(signal.SIGALRM, timeout)
     if kinds == ["table"]:
         known = positions.HALF | positions.INTERLEAVED | positions.NONE
         kinds = sorted(known & MODEL_MAPPING_NAMES.keys())
-    for kind in kinds or sorted(MODEL_MAPPING_NAMES):
-        if kind in done:
-            continue
-        signal.alarm(60)
-        try:
-            line = examine(kind)
-        except TimeoutError:
-            line = {"verdict": "not built", "why": "took over a minute"}
-        except Exception as error:  # noqa: BLE001
-            line = {"verdict": "failed", "why": f"{type(error).__name__}: {error}"[:250]}
-        signal.alarm(0)
-        with open(out, "a") as file:
-            file.write(json.dumps({"kind": kind, **line}) + "\n")
-        print(kind, line["verdict"], line.get("why") or line["kept"], flush=True)
+    architectures.try_each(out, kinds, examine, lambda line: line.get("why") or line["kept"])
 
 
 if __name__ == "__main__":
