@@ -33,7 +33,7 @@ from configurator import configure, current, known, parse, script_settings
 from nanorank.console import StopSignal, time_left
 from nanorank.errors import UserError, user_errors
 from nanorank.files import make_folder
-from nanorank.run_settings import FREE_ON_RESUME, TENTH
+from nanorank.run_settings import BEFORE, FREE_ON_RESUME, TENTH
 from nanorank.shards import n_cores
 from nanorank.sweep_tables import as_text, collect, report
 
@@ -165,7 +165,7 @@ def finished(cell):
     """result.json of a finished cell, else None. Raises UserError where it was made with other settings."""
     path = cell.folder / "result.json"
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = {**BEFORE, **json.loads(path.read_text(encoding="utf-8"))}
     except FileNotFoundError:
         return None
     except ValueError:

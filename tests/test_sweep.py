@@ -327,6 +327,15 @@ def test_runs_from_a_checkpoint_have_its_shape(tmp_path):
             sweep.finished(sweep.Cell({}, tmp_path, {**settings, **change}))
 
 
+def test_a_run_of_an_older_version_is_finished(tmp_path):
+    """A setting that came later than result.json stands there as older versions trained."""
+    (tmp_path / "result.json").write_text(json.dumps({"seed": 1}))
+    settings = {"seed": 1, "rope": False, "qk_norm": False, "qk_wd": -1.0, "qk_decay": "l2"}
+    assert sweep.finished(sweep.Cell({}, tmp_path, settings))
+    with pytest.raises(ValueError, match="rope was False, is True"):
+        sweep.finished(sweep.Cell({}, tmp_path, {**settings, "rope": True}))
+
+
 def test_table_in_markdown():
     """Bold where best; the number of seeds where some are missing; one that is not finite is no mean."""
     values = {
