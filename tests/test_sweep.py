@@ -329,8 +329,9 @@ def test_runs_from_a_checkpoint_have_its_shape(tmp_path):
 
 def test_a_run_of_an_older_version_is_finished(tmp_path):
     """A setting that came later than result.json stands there as older versions trained."""
-    (tmp_path / "result.json").write_text(json.dumps({"seed": 1}))
-    settings = {"seed": 1, "rope": False, "qk_norm": False, "qk_wd": -1.0, "qk_decay": "l2"}
+    (tmp_path / "result.json").write_text(json.dumps({"init_from": "auto", "seed": 1}))
+    later = {"rope": False, "qk_norm": False, "qk_wd": -1.0, "qk_decay": "l2"}
+    settings = {"init_from": "auto", "seed": 1, **later}
     assert sweep.finished(sweep.Cell({}, tmp_path, settings))
     with pytest.raises(ValueError, match="rope was False, is True"):
         sweep.finished(sweep.Cell({}, tmp_path, {**settings, "rope": True}))
