@@ -143,20 +143,26 @@ def markdown(table, corner, best=None):
     return wide.to_markdown(disable_numparse=True)
 
 
-def paired(table, rows, columns, metric):
-    """The rows of paired.csv: differences to coupled decay in the same column, paired over seeds."""
+def paired(table, rows, columns, metric, baseline):
+    """The rows of paired.csv: differences to the baseline's cell, paired over seeds.
+
+    baseline: {rows or columns: value}; what it leaves open is that of the cell itself. {}: coupled decay in
+    the same column.
+    """
     out = []
     for title, group in table.groupby("title", sort=False):
         cells = {at: seeds.set_index("seed") for at, seeds in group.groupby(["row", "column"], sort=False)}
         for (row, column), seeds in cells.items():
-            if row == column or (column, column) not in cells:
+            wanted = baseline or {rows: column}
+            other = wanted.get(rows, row), wanted.get(columns, column)
+            if (row, column) == other or other not in cells:
                 continue
-            pairs = seeds.join(cells[column, column], rsuffix="_coupled")
-            pairs = pairs[pairs["done"] & pairs["done_coupled"].eq(True)]
-            mean, sd, low, high = interval(pairs["value"] - pairs["value_coupled"])
+            pairs = seeds.join(cells[other], rsuffix="_other")
+            pairs = pairs[pairs["done"] & pairs["done_other"].eq(True)]
+            mean, sd, low, high = interval(pairs["value"] - pairs["value_other"])
             out.append({
                 "table": title, "metric": metric, columns: column, rows: row,
-                "against": f"{rows}={as_text(column)}",
+                "against": ", ".join(f"{name}={as_text(value)}" for name, value in wanted.items()),
                 "difference": mean, "sd": sd, "low": low, "high": high,
                 "seeds": len(pairs), "seeds_in_grid": len(seeds),
             })
@@ -193,8 +199,11 @@ def main_metric(names):
     return None
 
 
-def report(cells, summary, out_dir, rows, columns, metric=""):
-    """Writes table.md, which it prints, and paired.csv into out_dir; metric "": the first of MAIN_METRICS."""
+def report(cells, summary, out_dir, rows, columns, metric="", baseline=None):
+    """Writes table.md, which it prints, and paired.csv into out_dir; metric "": the first of MAIN_METRICS.
+
+    baseline: {rows or columns: value} of the cell that the others are compared with, None: coupled decay.
+    """
     names = {name for row in summary for name in row}
     n_done = sum(row["status"] == "done" for row in summary)
     if metric and metric not in names and n_done:
@@ -224,11 +233,11 @@ def report(cells, summary, out_dir, rows, columns, metric=""):
                  f"{n_done} of {len(cells)} runs done.")
 
     differences = []
-    if rows.endswith("_wd") and columns.endswith("_wd") and rows != columns:
-        differences = paired(table, rows, columns, metric)
+    if baseline or (rows.endswith("_wd") and columns.endswith("_wd") and rows != columns):
+        differences = paired(table, rows, columns, metric, baseline or {})
     if differences:
-        parts.append(f"Difference in {metric} to coupled decay ({rows} = {columns}), paired over seeds, "
-                     "with its 95 % t interval:")
+        other = differences[0]["against"] if baseline else f"coupled decay ({rows} = {columns})"
+        parts.append(f"Difference in {metric} to {other}, paired over seeds, with its 95 % t interval:")
         parts.append(paired_markdown(differences, rows, columns))
         write_csv(os.path.join(out_dir, "paired.csv"), differences)
 

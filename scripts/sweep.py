@@ -55,6 +55,7 @@ figure = True                   # draw the figures (needs matplotlib)
 rows = "attn_wd"                # the setting that has a row a value
 columns = "mlp_wd"              # the setting that has a column a value; the rest of the grid: a table each
 metric = ""                     # a column of sweep.csv; empty: test_acc or test_ppl, else val's
+against = ""                    # the cell that others are compared with: "attn_wd=0"; empty: coupled decay
 
 # settings that describe the model: result.json has the model's own
 SHAPE = (
@@ -145,6 +146,19 @@ def make_cells(path):
         name = ",".join(f"{name}={as_text(value)}" for name, value in values.items()).replace("/", "_")
         cells.append(Cell(values, Path(out_dir, name), {**current(base), **values}))
     return cells
+
+
+def baseline(cells):
+    """{setting: value}, of --against, of the cell that the others are compared with; {}: coupled decay."""
+    wanted = {}
+    for part in filter(None, against.replace(" ", "").split(",")):
+        name, _, value = part.partition("=")
+        if name not in (rows, columns):
+            raise UserError(f"--against={against}: {name} is neither --rows={rows} nor --columns={columns}")
+        wanted[name] = parse(f"--against: {name}", cells[0].settings[name], value)
+    if not any(wanted.items() <= cell.settings.items() for cell in cells):
+        raise UserError(f"--against={against} is no cell of the grid")
+    return wanted
 
 
 def command(cell, path):
@@ -296,6 +310,7 @@ def main():
     check_settings()
     path = os.path.relpath(Path(__file__).resolve().parents[1] / trainer)
     cells = make_cells(path)
+    compared_with = baseline(cells)
     # refuses results of other settings before anything runs
     results = [finished(cell) for cell in cells]
     if dry_run:
@@ -320,7 +335,7 @@ def main():
               "the same command goes on")
         raise SystemExit(128 + stop.signal)
 
-    report(cells, summary, out_dir, rows, columns, metric)
+    report(cells, summary, out_dir, rows, columns, metric, compared_with)
     if figure and curves:
         from nanorank.figures import sweep as figures
         print("figures: " + ", ".join(figures.sweep(out_dir)))

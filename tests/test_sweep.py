@@ -115,6 +115,27 @@ def test_table_and_pairs_of_real_runs(swept):
     assert row["high"] == pytest.approx(mean + half)
 
 
+def test_pairs_with_a_chosen_cell(swept, tmp_path, data_dir):
+    """--against names the cell that the others are compared with, in whole or by one of its settings."""
+    out = tmp_path / "out"
+    shutil.copytree(swept[0], out)
+    settings = settings_of(out, data_dir)
+    coupled = read_csv(out / "paired.csv").iloc[0]
+    for against in ("attn_wd=0", "attn_wd=0, mlp_wd=1"):
+        code, printed, errors = run(**settings, collect_only=True, against=against)
+        assert code == 0 and f"Difference in test_ppl to {against}, paired over seeds" in printed, errors
+        pairs = read_csv(out / "paired.csv")
+        assert len(pairs) == 1
+        row = pairs.iloc[0]
+        assert row["attn_wd"] == 1 and row["against"] == against and row["seeds"] == 2
+        mirrored = [-coupled[name] for name in ("difference", "high", "low")]
+        assert row[["difference", "low", "high"]].tolist() == mirrored
+    refused = {"attn_wd=3": "no cell", "seed=1": "neither --rows=attn_wd nor --columns=mlp_wd"}
+    for against, message in refused.items():
+        code, _, errors = run(**settings, collect_only=True, against=against)
+        assert code == 2 and message in errors and errors.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_skipped_resumed_failed(swept, tmp_path, data_dir):
     """Four cells: finished, killed before its end, killed before its first checkpoint, damaged.

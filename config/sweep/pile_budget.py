@@ -20,4 +20,3 @@ grid = (
     "seed=1,2,3"
 )
 out_dir = "out/pile_budget"
-columns = "max_iters"
