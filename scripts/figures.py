@@ -19,6 +19,7 @@ From scripts/sweep.py; the first two also from a heads.csv of several runs:
     wd_grid sweep.csv          perplexity over attn_wd x mlp_wd
     norm_growth sweep.csv      over learning rate x attn_wd
     over_training FOLDER       of a sweep, or of run folders
+    difference_over_training FOLDER     validation loss without decay on attention minus with it
     attention_kinds FOLDER     of a sweep over rope, qk_norm, n_kv_head with a heads.csv of its runs
 
 From scripts/theory.py, config/recall.py and scripts/saturate.py:
@@ -48,8 +49,8 @@ SOURCES = {
     "spectra.csv": (heads.spectra,),
     "norms.csv": (heads.norms,),
     "sweep.csv": (sweep.rank_by_layer, sweep.mean_rank, sweep.wd_grid, sweep.norm_growth),
-    ".": (report.report, sweep.over_training, attention_kinds.attention_kinds, theory.factorised_models,
-          theory.two_parameters, theory.attention_balance, theory.recall),
+    ".": (report.report, sweep.over_training, sweep.difference_over_training, attention_kinds.attention_kinds,
+          theory.factorised_models, theory.two_parameters, theory.attention_balance, theory.recall),
     "saturation.csv": (saturation.saturation,),
     "heads_saturated.csv": (saturation.heads_saturated,),
     "scaling.csv": (saturation.scaling,),

@@ -390,7 +390,8 @@ def test_failed_cell_shows_in_figures_not_as_a_number(swept, tmp_path):
     missing = '"attn_wd=1,mlp_wd=3,seed=1",missing,1.0,3.0,1' + "," * (len(names) - 5)
 
     (tmp_path / "sweep.csv").write_text("\n".join([*lines, missing]) + "\n")
-    expected = ["wd_grid.png", "rank_by_layer.png", "mean_rank.png", "over_training.png"]
+    expected = ["wd_grid.png", "rank_by_layer.png", "mean_rank.png", "over_training.png",
+                "difference_over_training.png"]
     assert [os.path.basename(path) for path in sweep_figures.sweep(str(tmp_path))] == expected
     for path in (*expected, "wd_grid.pdf"):
         assert (tmp_path / path).stat().st_size > 5000
@@ -399,6 +400,20 @@ def test_failed_cell_shows_in_figures_not_as_a_number(swept, tmp_path):
     assert sweep_figures.sweep(str(tmp_path)) == []
     drawn, left = figures.everything(str(tmp_path))
     assert any("rank_by_layer.png stays as it is" in line for line in left)
+
+
+def test_differences_of_loss_are_paired_over_seeds(tmp_path):
+    """Of the same seed at the same step; seed 2 has no partner, the first step tells nothing."""
+    lines = ["cell,step,attn_rank95_qk,attn_rank95_ov,val_loss"]
+    for cell, loss in (("attn_wd=0,seed=1", 2), ("attn_wd=4,seed=1", 3), ("attn_wd=4,seed=2", 9)):
+        lines += [f'"{cell}",0,1,1,5', f'"{cell}",10,1,1,', f'"{cell}",20,1,1,{loss}']
+    (tmp_path / "curves.csv").write_text("\n".join(lines) + "\n")
+    differences = sweep_figures.loss_differences(str(tmp_path))
+    assert differences.to_dict() == {4.0: {("", "1", 20): -1.0}}
+
+    (tmp_path / "curves.csv").write_text("\n".join(line for line in lines if "attn_wd=0" not in line) + "\n")
+    with pytest.raises(UserError, match="lack attn_wd=0"):
+        sweep_figures.loss_differences(str(tmp_path))
 
 
 def test_a_figure_that_does_not_exist(monkeypatch):

@@ -16,7 +16,7 @@ from nanorank.checkpoints import run_of
 from nanorank.errors import UserError
 from nanorank.figures import style
 from nanorank.figures.style import HEAD_COLUMNS, MOST_RUNS, PRODUCTS, look, pick
-from nanorank.sweep_tables import cell_text
+from nanorank.sweep_tables import cell_text, interval
 from nanorank.tables import read_csv, undetermined
 
 
@@ -254,6 +254,47 @@ def over_training(folder):
     return style.write(fig, folder, "over_training", dpi=110)
 
 
+def difference_over_training(folder):
+    """Validation loss without decay on attention minus that with it, over training.
+
+    A panel for each combination of what else the grid varies, a line an attn_wd: the mean over seeds, paired.
+    Band: its 95 % t interval.
+    """
+    differences = loss_differences(folder)
+    groups = differences.index.unique("rest")[:MOST_RUNS]
+    fig, axes = plt.subplots(1, len(groups), figsize=(0.8 + 2.9 * len(groups), 3), squeeze=False)
+    for ax, group in zip(axes[0], groups):
+        for i, (wd, values) in enumerate(differences.loc[group].items()):
+            steps = {step: interval(seeds) for step, seeds in values.dropna().groupby("step")}
+            if steps:
+                mean, _, low, high = zip(*steps.values())
+                ax.plot(list(steps), mean, markersize=3, linewidth=1.2, label=f"{wd:g}", **look(i))
+                ax.fill_between(list(steps), low, high, color=look(i)["color"], alpha=0.2, linewidth=0)
+        ax.axhline(0, color="0.5", linewidth=0.8)
+        ax.set_title(group.replace(", ", ",\n"))
+        ax.set_xlabel("step")
+        ax.legend(title="attn_wd", fontsize=8)
+    axes[0, 0].set_ylabel("val loss (nats),\nattn_wd = 0 minus others")
+    fig.supxlabel("below zero: no decay on attention is better; bands: 95 % t intervals", fontsize=8)
+    return style.write(fig, folder, "difference_over_training", dpi=110)
+
+
+def loss_differences(folder):
+    """A DataFrame with a column an attn_wd > 0: the same seed's val_loss at attn_wd 0 minus the one there.
+
+    Its index is (rest, seed, step), where rest is what else the grid varies, as text.
+    """
+    curves = read_curves(folder).dropna(subset="val_loss")
+    curves["wd"] = curves["cell"].map(lambda name: attn_wd_of(name, folder))
+    curves["seed"] = curves["cell"].map(lambda name: varied(name).get("seed", ""))
+    curves["rest"] = curves["cell"].map(rest_of(curves["cell"].unique(), ["attn_wd"]))
+    curves = curves[curves["step"] > 0]  # where all runs of a seed are the same
+    losses = curves.pivot(index=["rest", "seed", "step"], columns="wd", values="val_loss")
+    if 0 not in losses or losses.shape[1] < 2:
+        raise UserError(f"{folder}: the runs lack attn_wd=0, or another to compare it with")
+    return -losses.drop(columns=0).sub(losses[0], axis=0).dropna(how="all")
+
+
 def read_curves(folder):
     """Ranks and validation over training, from curves.csv or log.jsonl files; a run is a `cell`."""
     columns = ["cell", "step", "attn_rank95_qk", "attn_rank95_ov", "val_loss"]
@@ -287,4 +328,6 @@ def sweep(folder):
         drawn.append(norm_growth(path))
     elif "attn_wd" in varies:
         drawn += [rank_by_layer(path), mean_rank(path), over_training(folder)]
+        if 0 in table["attn_wd"].to_list():
+            drawn.append(difference_over_training(folder))
     return drawn
