@@ -170,7 +170,7 @@ def check_settings(paths, files):
         if os.path.exists(save):
             raise UserError(f"--save={save} is there already")
         if len(files) != 1:
-            raise UserError(f"--truncate takes one checkpoint, not {len(files)}")
+            raise UserError(f"--truncate takes one checkpoint, not {len(files)}: choose one, say {files[-1]}")
     runs = {run_name(path, files) for path in files}
     if compare and len(runs) != 2:
         raise UserError(f"--compare takes two runs or checkpoints, not {len(runs)}")

@@ -74,7 +74,8 @@ def make_data(folder, *command):
     meta = os.path.join(folder, "meta.json")
     if os.path.exists(meta) or int(os.environ.get("LOCAL_RANK", 0)):
         return
-    print0(f"{folder} is not there yet, making it: python {' '.join(command)}")
+    line = " ".join(["python", *command])
+    print0(f"{folder} is not there yet, making it: {line}")
     environment = {**os.environ, "PYTHONPATH": ROOT}  # the current folder may be another
     if command[0].endswith(".py"):
         command = (os.path.join(ROOT, command[0]), *command[1:])
@@ -84,7 +85,7 @@ def make_data(folder, *command):
             break
         time.sleep(1)
     if not os.path.exists(meta):
-        raise UserError(f"{os.path.basename(command[0])} could not make {folder}")
+        raise UserError(f"{line} could not make {folder}")
 
 
 class RunLog:
