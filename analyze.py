@@ -2,7 +2,7 @@
 Rank, norms and balance of every attention head in a checkpoint: tables, CSV files and figures.
 
     python analyze.py out/lm/ckpt.pt                   # ours or nanoGPT's
-    python analyze.py Llama-2-7b-hf                    # a Hugging Face folder, file, hub id; docs/families.md
+    python analyze.py openai-community/gpt2            # a Hugging Face hub id, folder, file; docs/families.md
     python analyze.py pythia-70m                       # a folder of step*, checkpoint-*: one run, in order
     python analyze.py out/demo-0 out/demo-4 --compare  # two runs: all snapshots, differences by layer
     python analyze.py out/demo-4 --report              # report.html: every head in the browser
@@ -49,14 +49,14 @@ figure = True               # draw the figures (needs matplotlib)
 layers = ""                 # layers in the figure of heads: all, or some as 5,7,9
 report = False              # report.html in OUT_DIR, a page to explore every head (needs plotly)
 compare = False             # two runs or checkpoints: their differences layer by layer, and compare.csv
-# models that do not say how their heads lie (nanorank/families.py knows most)
+# models that do not say how their heads lie (nanorank/schemes.py knows most)
 n_head = 0                  # heads per layer
 n_kv_head = 0               # key/value heads per layer, where queries share them (else told from shapes)
 d_head = 0                  # width of a head, instead of n_head, where stacks have different numbers of heads
 stack_heads = ""            # heads of each stack, where stacks differ: encoder:3,decoder:4
-pattern = ""                # ends of the names of q,k,v,o (or qkv,o) after the layer's path
+pattern = ""                # ends of the names of q,k,v,o (or qkv,o or q,kv,o) after the layer's path
 rope = ""                   # whether q and k turn: none, half, interleaved, half:64 (nanorank/positions.py)
-layout = "separate"         # how heads lie in what --pattern names: separate, fused, grouped, conv, lens
+layout = "separate"         # how heads lie in it: separate fused conv grouped gated mla lens codegen
 state_dict = ""             # which of several state dicts in a file, by its key
 # truncation of a GPT checkpoint of train_lm.py or nanoGPT
 truncate = 0.0              # cut both products of every head to this threshold rank, with --save
@@ -168,7 +168,7 @@ def check_settings(paths, files):
     if save:
         rank_name(truncate)
         if os.path.exists(save):
-            raise UserError(f"--save={save} is there already")
+            raise UserError(f"--save={save} is there already: give another name, or delete it")
         if len(files) != 1:
             raise UserError(f"--truncate takes one checkpoint, not {len(files)}: choose one, say {files[-1]}")
     runs = {run_name(path, files) for path in files}

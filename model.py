@@ -285,7 +285,7 @@ GROUP_OF = {  # the ends of parameter names
 }
 
 def decay_groups(model, attn_wd, mlp_wd, embed_wd, qk_wd=-1, qk_decay="l2"):
-    """The parameters in four groups, [{"name", "params", "weight_decay"}]: attn, mlp, embed, and none.
+    """The parameters as [{"name", "params", "weight_decay"}]: groups attn, mlp, embed, none, if not empty.
 
     Norms and biases are in none. Every parameter is in exactly one group; tied weights count once.
     qk_wd, qk_decay: see optim.decay_by_rows, which decays attn where W_Q and W_K have a decay of their own.
@@ -306,9 +306,9 @@ def decay_groups(model, attn_wd, mlp_wd, embed_wd, qk_wd=-1, qk_decay="l2"):
     assert sorted(placed) == sorted({id(p) for p in model.parameters()}), "not a partition"
 
     wd = {"attn": attn_wd, "mlp": mlp_wd, "embed": embed_wd, "none": 0.0}
-    found = [{"name": k, "params": params, "weight_decay": wd[k]} for k, params in groups.items() if params]
-    found[0].update(own_decay(model, attn_wd, qk_wd, qk_decay))
-    return found
+    result = [{"name": k, "params": params, "weight_decay": wd[k]} for k, params in groups.items() if params]
+    result[0].update(own_decay(model, attn_wd, qk_wd, qk_decay))
+    return result
 
 def make_optimizers(groups, name, lr, beta1, beta2, eps, momentum, device_type):
     """A list of torch optimizers over decay groups. name: adamw, adam (L2 in the gradient), sgd or muon.

@@ -1,7 +1,7 @@
 """
 Trains a GPT with attention decayed apart from the rest, and logs the rank of its attention products.
 
-    python train_lm.py config/demo.py --attn_wd=0              # small, any machine, data made on first use
+    python train_lm.py config/demo.py --out_dir=out/demo-0     # small, any machine, data made on first use
     python train_lm.py                                         # 1 GPU
     torchrun --nproc_per_node=8 train_lm.py --attn_wd=0.0      # 8 GPUs
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --nproc_per_node=8 train_lm.py    # one line a node
@@ -177,7 +177,8 @@ def check_fit(model, tokenizer_size):
     """The model of a checkpoint must have room for the data's tokens and for block_size."""
     for name, needed in (("vocab_size", tokenizer_size), ("block_size", block_size)):
         if model.args[name] < needed:
-            raise UserError(f"the model's {name} is {model.args[name]}, this run needs {needed}")
+            raise UserError(f"the model's {name} is {model.args[name]}, this run needs {needed}; "
+                            "change --block_size or --dataset")
 
 
 def main():

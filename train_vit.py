@@ -1,7 +1,7 @@
 """
 Trains a plain Vision Transformer with attention decayed apart from the rest: train_lm.py for images.
 
-    python train_vit.py config/vit_demo.py                       # small, any machine, data made on first use
+    python train_vit.py config/vit_demo.py --out_dir=out/vit-demo   # small, any machine, makes its data
     python train_vit.py                                          # 1 GPU
     torchrun --nproc_per_node=8 train_vit.py --attn_wd=0.0       # 8 GPUs, ViT-S/16 on ImageNet for 90 epochs
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --nproc_per_node=8 train_vit.py    # one line a node
@@ -47,7 +47,7 @@ device = "auto"                 # auto, cpu, cuda, mps
 dtype = "auto"                  # autocast: auto (bfloat16 where a GPU has it), float32, bfloat16, float16
 compile = "auto"                # torch.compile: auto (on CUDA), true, false
 # data
-dataset = "imagenet"            # data/NAME of prepare_imagenet
+dataset = "imagenet"            # data/NAME of python -m scripts.prepare_imagenet
 data_dir = "data"               # where NAME is
 total_batch_size = 1024         # images per optimizer step over all processes; Beyer: 1024
 batch_size = 128                # most images per process and micro-step; accumulation follows

@@ -26,7 +26,7 @@ def decay_groups(model, attn_wd, mlp_wd, embed_wd, pattern="", layout="separate"
     projections, learned positions, heads, poolers); lora: adapters. Norms, biases, scalars and vectors, a
     class token (1, 1, d) among them, are in none and never decayed. Tied weights count once.
 
-    model: any torch.nn.Module whose attention families.SCHEMES names; it may be wrapped (nanorank/live.py).
+    model: any torch.nn.Module whose attention schemes.SCHEMES names; it may be wrapped (nanorank/live.py).
     Under FSDP all processes must call this together. Parameters that need no gradient are left out.
     pattern, layout: attention under other names, as the ends of the names of q,k,v,o (or qkv,o or q,kv,o);
     with {head} in a name, one Linear per head. Known names are still found.

@@ -29,7 +29,7 @@ def attention_layers(source, n_head=0, **options):
 
     source: a torch.nn.Module, a state dict {name: tensor}, a path or hub id, or a Checkpoint.
     n_head: heads per layer, where neither a config, attributes of modules nor shapes tell.
-    options: pattern and layout for names that families.SCHEMES lacks; of a path, all of Checkpoint's.
+    options: pattern and layout for names that schemes.SCHEMES lacks; of a path, all of Checkpoint's.
     Raises UserError where no attention is found, and where nothing tells the number of heads.
     """
     if isinstance(source, torch.nn.Module):

@@ -2,7 +2,7 @@
 The namings of attention that nanorank reads: names of the tensors q, k, v, o, and how heads lie in them.
 
     SCHEMES[3].names    # q_proj.weight k_proj.weight v_proj.weight o_proj.weight|...
-    SCHEMES[3].layout   # separate, a key of heads.LAYOUTS
+    SCHEMES[3].layout   # separate, a key of layouts.LAYOUTS
 
 tests/test_families.py and tests/trials/architectures.py hold the rows against the models themselves.
 """

@@ -3,7 +3,7 @@ A GPT checkpoint with the products of every head cut to their threshold rank.
 
     raw = truncatable(ckpt)                              # the file's dict
     save_truncated("small.pt", ckpt, raw, threshold=0.95)
-    python train_lm.py --init_from=small.pt --eval_only
+    python train_lm.py --init_from=small.pt --eval_only --block_size=128    # the checkpoint's
 """
 import os
 
@@ -105,4 +105,5 @@ def save_truncated(path, checkpoint, raw, threshold):
     dataset = raw.get("config", {}).get("dataset", "DATASET")
     width = raw["model_args"]["n_embd"] // n_head
     print(f"\nwrote {path}: of {width} directions a head {qk:.2f} stay in QK, {ov:.2f} in OV (means)")
-    print(f"evaluate it:\n    python train_lm.py --init_from={path} --eval_only --dataset={dataset}")
+    print(f"evaluate it:\n    python train_lm.py --init_from={path} --eval_only --dataset={dataset} "
+          f"--block_size={raw['model_args']['block_size']}")

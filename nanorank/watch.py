@@ -28,7 +28,7 @@ class RankLogger:
     call rank(step), and all get the numbers; under DDP one is enough.
     every: steps between measurements; 0: never. threshold: 0.95 gives rank95.
     options: n_head, d_head, n_kv_head where the model does not count its heads; pattern and layout for names
-    that families.SCHEMES lacks; rope (half, interleaved, none) where it does not say whether q and k turn.
+    that schemes.SCHEMES lacks; rope (half, interleaved, none) where it does not say whether q and k turn.
     Raises UserError where no attention is found, or nothing tells the number of heads.
     """
 
@@ -97,7 +97,7 @@ def matrices(layer):
 
 
 def summary_at_once(layers, threshold=0.95):
-    """summary(layers) to the digit, for layers of one shape: two calls, where a GPU would wait for 24."""
+    """summary(layers) to the digit, for layers of one shape: two calls of metrics, not two a layer."""
     W_Q, W_K, W_V, P = [torch.stack(all_layers) for all_layers in zip(*map(matrices, layers))]  # (L, H, r, d)
     tables = {"qk": metrics(*qk_factors(W_Q, W_K), threshold), "ov": metrics(*ov_factors(W_V, P), threshold)}
     result = {}

@@ -10,3 +10,4 @@ configs = "config/vit_tiny_imagenet.py"
 fixed = '--dataset=tiny_imagenet_20 --snapshot_steps=""'
 grid = "seed=1,2,3; attn_wd=0,6"
 out_dir = "out/vit_tiny"
+against = "attn_wd=6"
