@@ -217,7 +217,7 @@ def test_modern_attention():
             gap = "gap_planes"
         if "QK-norm" not in kind:
             expected += [(value(f"{gap}_{qk}"), 3), (value(f"{gap}_gaussian_{qk}"), 3)]
-        expected.append((value("gap_ov"), 3))
+        expected.append((value("gap_ov_stacked" if "grouped" in kind else "gap_ov"), 3))
         stated = numbers(line)
         assert len(stated) == len(expected)
         for x, (mean, digits) in zip(stated, expected):
