@@ -244,6 +244,19 @@ def test_balance_of_a_transformer():
         assert numbers(line) == [*found, *ranks, accuracy], (optimizer, lam)
 
 
+def test_excess_of_norms_falls():
+    """|A|^2 + |B|^2 - 2 |A B^T|_* under flow, depth 2: its rate over 2 lambda, the range over lambda."""
+    curves = pd.read_csv(REPO / "results/theory/curves.csv")
+    curves = curves[(curves["optimizer"] == "flow") & (curves["depth"] == 2) & (curves["lam"] > 0)]
+    text = read("results/theory/README.md").replace("\n", " ")
+    for problem, runs in curves.groupby("problem"):
+        rates = []
+        for lam, run in runs.groupby("lam"):
+            t, squares, nuclear = (torch.tensor(run[x].to_numpy()) for x in ("t", "sum_sq", "two_nuclear"))
+            rates.append(measured_rate(t, squares - nuclear).item() / (2 * lam))
+        assert f"{min(rates):.2f} to {max(rates):.2f} in {problem}" in text, (problem, rates)
+
+
 def test_architectures_are_counted():
     outcomes = [row["outcome"] for row in rows("trust/architectures.csv")]
     text = read("results", "trust", "README.md")
