@@ -8,8 +8,6 @@ norms.csv and decay_groups both group by this.
 """
 import re
 
-from nanorank.families import is_block
-
 NORM = r"norm|(^|[._])ln([._\d]|$)"  # names of normalisation layers
 ATTENTION = r"attn|attention|EncDec"
 MLP = r"\.(mlp|ffn?|fc\d*|feed_?forward|linear\d)\."  # of MLPs that lie inside an attention module
@@ -27,7 +25,7 @@ def places(names, modules):
     """
     attention = attention_starts(modules)
     blocks, side_lists = block_starts(modules)
-    own_modules = not any(is_block(module) for module in modules)
+    own_modules = not any(module.is_block for module in modules)
 
     found = {}
     for name in names:
@@ -53,7 +51,7 @@ def attention_starts(modules):
     """The beginnings of the names of attention's parameters, as a tuple."""
     starts = []
     for module in modules:
-        if is_block(module) or not module.path:  # the MLP lies beside it
+        if module.is_block or not module.path:  # the MLP lies beside it
             starts += [name.removesuffix("weight") for name in module.tensor_names]
         else:
             starts.append(f"{module.path}.")
@@ -74,7 +72,7 @@ def block_starts(modules):
         elif module.path[:1].isdigit():  # a torch.nn.Sequential
             number = module.path.partition(".")[0]
             blocks.setdefault(rf"({number})\.", prefix)
-        if is_block(module) and "." in module.path:
+        if module.is_block and "." in module.path:
             parent = module.block.rstrip(".").rpartition(".")[0]
             side_lists[re.escape(parent) + r"\.?\w+\.(\d+)\."] = prefix
     return blocks, side_lists
