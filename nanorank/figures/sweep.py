@@ -275,7 +275,7 @@ def difference_over_training(folder):
         ax.set_xlabel("step")
         ax.legend(title="attn_wd", fontsize=8)
     axes[0, 0].set_ylabel("val loss (nats),\nattn_wd = 0 minus others")
-    fig.supxlabel("below zero: no decay on attention is better\nbands: 95 % t intervals over seeds", fontsize=8)
+    fig.supxlabel("below zero: no decay on attention is better\nbands: 95 % t intervals", fontsize=8)
     return style.write(fig, folder, "difference_over_training", dpi=110)
 
 
