@@ -173,25 +173,37 @@ def test_runs(folder, runs, column, digits, scale):
 
 
 def test_pile_bytes():
-    """Each run's perplexity, mean ranks and gaps, and the differences to coupled decay."""
+    """Means over seeds of perplexity, mean ranks, gaps and saturation; differences with their intervals."""
+    runs = pd.read_csv(REPO / "results/pile_bytes/sweep.csv").set_index("cell")
     heads = pd.read_csv(REPO / "results/pile_bytes/heads.csv")
-    heads["cell"] = heads["checkpoint"].str.split("/").str[-2]
-    means = heads.groupby(["cell", "product"])[["rank95", "gap", "gap_gaussian"]].mean()
-    runs = rows("pile_bytes/sweep.csv")
-    ppl = {(float(run["mlp_wd"]), float(run["attn_wd"])): float(run["test_ppl"]) for run in runs}
+    states = pd.read_csv(REPO / "results/pile_bytes/saturation.csv")
+    for table in (heads, states):
+        table["cell"] = table["checkpoint"].str.split("/").str[-2]
+    means = heads.groupby(["cell", "product"])[["rank95", "gap", "gap_gaussian"]].mean().unstack()
+    states = states[(states["layer"] != "output") & (states["init"] == "trained")]
+    cosines = states.groupby("cell")["cosine"].mean()
+    pairs = {float(row["mlp_wd"]): row for row in rows("pile_bytes/paired.csv")}
+
     lines = re.findall(r"^\| (?:0\.15|0\.45|1\.5) \|.*$", read("results/pile_bytes/README.md"), re.M)
-    assert len(lines) == len(runs)
-    for line, run in zip(lines, runs, strict=True):
-        mlp, attn = float(run["mlp_wd"]), float(run["attn_wd"])
-        qk, ov = (means.loc[run["cell"], product] for product in ("qk", "ov"))
-        expected = [mlp, attn, (float(run["decay_time_constants"]), 2), (ppl[mlp, attn], 3)]
+    cells = list(runs.groupby(["mlp_wd", "attn_wd"]))
+    assert len(lines) == len(cells)
+    for line, ((mlp, attn), own) in zip(lines, cells, strict=True):
+        ppl = own["test_ppl"]
+        expected = [(mlp, 9), (attn, 9), (own["decay_time_constants"].mean(), 2)]
+        expected += [(ppl.mean(), 3), (ppl.std(), 3)]
         if attn == 0:
-            expected.append((ppl[mlp, 0] - ppl[mlp, mlp], 3))
-        expected += [(qk["rank95"], 1), (ov["rank95"], 1)]
-        expected += [(one[name], 3) for one in (qk, ov) for name in ("gap", "gap_gaussian")]
-        for x, value in zip(numbers(line), expected, strict=True):
-            value, digits = value if isinstance(value, tuple) else (value, 9)
-            assert abs(x - value) <= 0.5001 * 10**-digits, (line, x, value)
+            expected += [(float(pairs[mlp][name]), 3) for name in ("difference", "low", "high")]
+        here = means.loc[own.index].mean()
+        expected += [(here["rank95", product], 1) for product in ("qk", "ov")]
+        expected += [(here[name, product], 3) for product in ("qk", "ov") for name in ("gap", "gap_gaussian")]
+        expected.append((cosines[own.index].mean(), 2))
+        check_line(line, expected)
+
+
+def check_line(line, expected):
+    """The numbers in a line of a table against [(value, digits after the point)]."""
+    for x, (value, digits) in zip(numbers(line), expected, strict=True):
+        assert abs(x - value) <= 0.5001 * 10**-digits, (line, x, value)
 
 
 def test_modern_attention():
