@@ -137,6 +137,7 @@ def make_cells(path):
     configure(base, argv=trainer_args())
     known(rows, defaults, f"--rows={rows}")
     known(columns, defaults, f"--columns={columns}")
+    settings = current(base)
 
     cells = []
     for combination in itertools.product(*axes):
@@ -144,7 +145,7 @@ def make_cells(path):
         for point in combination:
             values.update(point)
         name = ",".join(f"{name}={as_text(value)}" for name, value in values.items()).replace("/", "_")
-        cells.append(Cell(values, Path(out_dir, name), {**current(base), **values}))
+        cells.append(Cell(values, Path(out_dir, name), {**settings, **values}))
     return cells
 
 

@@ -68,6 +68,7 @@ def trials(tmp_path, *args):
     return len(rows)
 
 
+@pytest.mark.slow
 def test_killed_and_on_a_full_disk_at_random_moments(tmp_path):
     probe = "mount -t tmpfs -o size=1m probe /mnt && umount /mnt"
     mounts = run(*UNSHARE, "bash", "-c", probe).returncode == 0
