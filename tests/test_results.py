@@ -200,6 +200,27 @@ def test_pile_bytes():
         check_line(line, expected)
 
 
+def test_pile_budget():
+    """A line a length: means over seeds without and with decay on attention, the paired difference, ranks."""
+    runs = pd.read_csv(REPO / "results/pile_budget/sweep.csv")
+    pairs = {float(row["mlp_wd"]): row for row in rows("pile_budget/paired.csv")}
+    lines = re.findall(r"^\| \d+ \|.*$", read("results/pile_budget/README.md"), re.M)
+    cells = list(runs.groupby("max_iters"))
+    assert len(lines) == len(cells) == 4
+    for line, (steps, own) in zip(lines, cells, strict=True):
+        wd = own["mlp_wd"].iloc[0]
+        without, coupled = own[own["attn_wd"] == 0], own[own["attn_wd"] == wd]
+        expected = [(steps, 9), (own["tokens"].iloc[0] / 1e6, 1), (wd, 9)]
+        expected.append((coupled["decay_time_constants"].mean(), 2))
+        for x in (without["test_ppl"], coupled["test_ppl"]):
+            assert len(x) == 3
+            expected += [(x.mean(), 3), (x.std(), 3)]
+        expected += [(float(pairs[wd][name]), 3) for name in ("difference", "low", "high")]
+        for name in ("attn_rank95_qk", "attn_rank95_ov"):
+            expected += [(without[name].mean(), 1), (coupled[name].mean(), 1)]
+        check_line(line, expected)
+
+
 def check_line(line, expected):
     """The numbers in a line of a table against [(value, digits after the point)]."""
     for x, (value, digits) in zip(numbers(line), expected, strict=True):

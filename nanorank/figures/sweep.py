@@ -237,7 +237,9 @@ def over_training(folder):
                 colour = style.shade(i, len(wds))
                 ax.plot(steps["mean"], color=colour, linewidth=1.2, label=f"{wd:g}")
                 ax.fill_between(steps.index, steps["min"], steps["max"], color=colour, alpha=0.2, linewidth=0)
-            if group:
+            if len(group) > 36:  # a line a setting
+                label += ",\n" + group.replace(", ", ",\n")
+            elif group:
                 label += f",\n{group}" if len(group) > 16 else f", {group}"
             ax.set_title(label)
         for ax in line[:2]:
@@ -292,7 +294,8 @@ def loss_differences(folder):
     losses = curves.pivot(index=["rest", "seed", "step"], columns="wd", values="val_loss")
     if 0 not in losses or losses.shape[1] < 2:
         raise UserError(f"{folder}: the runs lack attn_wd=0, or another to compare it with")
-    return -losses.drop(columns=0).sub(losses[0], axis=0).dropna(how="all")
+    differences = -losses.drop(columns=0).sub(losses[0], axis=0).dropna(how="all")
+    return differences.reindex(curves["rest"].unique(), level="rest")  # in the grid's order
 
 
 def read_curves(folder):
