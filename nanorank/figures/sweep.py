@@ -237,7 +237,7 @@ def over_training(folder):
                 colour = style.shade(i, len(wds))
                 ax.plot(steps["mean"], color=colour, linewidth=1.2, label=f"{wd:g}")
                 ax.fill_between(steps.index, steps["min"], steps["max"], color=colour, alpha=0.2, linewidth=0)
-            if len(group) > 36:  # a line a setting
+            if len(group) > 40:  # a line a setting
                 label += ",\n" + group.replace(", ", ",\n")
             elif group:
                 label += f",\n{group}" if len(group) > 16 else f", {group}"
