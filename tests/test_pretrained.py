@@ -45,6 +45,7 @@ def save_model(folder, model_type, n_kv_head, d=32, n_head=4):
     save_json(str(folder / "config.json"), config)
 
 
+@pytest.mark.slow
 def test_tables_and_figures_of_models(tmp_path):
     kinds = {"plain": ("opt", 4), "grouped": ("llama", 2), "normed": ("qwen3", 4)}
     for name, (model_type, n_kv_head) in kinds.items():

@@ -104,6 +104,7 @@ def row_of(table, **values):
     return table.iloc[0]
 
 
+@pytest.mark.slow
 def test_two_runs_with_snapshots(tmp_path, visit):
     """A click, arrow keys, the slider and the menus change what is shown to what the CSV files have."""
     write_tables(tmp_path, {"out/a": (0, 10, 20), "out/b": (0, 20)})
@@ -211,6 +212,7 @@ def test_a_name_is_no_markup(tmp_path, visit):
     assert HOSTILE.rpartition("/")[2] in page.locator("#spectrum .legendtext").first.text_content()
 
 
+@pytest.mark.slow
 def test_2048_products(tmp_path, visit):
     """Llama 2 7B's 32 layers of 32 heads of 128: drawn in three seconds, under 10 MB with two long runs."""
     write_tables(tmp_path, {"out/a": (0,)}, layers=32, n_head=32, r=128)

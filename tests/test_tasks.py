@@ -104,6 +104,7 @@ def test_loss_and_accuracy_are_those_of_the_saved_model(train, tmp_path):
     assert result["mlp"] is False
 
 
+@pytest.mark.slow
 def test_recall_is_drawn_from_run_folders(train, tmp_path):
     for wd in (0.0, 1.0):
         train(tmp_path / str(wd), **RECALL, attn_wd=wd, max_iters=10)

@@ -296,6 +296,7 @@ def test_min_lr_is_a_tenth_of_the_peak(train, tmp_path):
         assert result["min_lr"] == min_lr
 
 
+@pytest.mark.slow
 def test_a_run_begun_with_another_min_lr_goes_on_with_it(train, tmp_path, capsys):
     """As runs from when its default was 1e-4: the command that does not name it resumes them to the bit."""
     straight = train(tmp_path / "a", min_lr=1e-4)
