@@ -84,7 +84,8 @@ def with_positions(layer, module, shapes, configs, word=""):
     positions = positions_of(module, shapes, configs, word)
     rope = rope_of(positions, layer.W_Q.shape[1])
     asked = parse_rope(word) if word else UNKNOWN
-    if rope and asked.pairing == positions.pairing and asked.rows not in (1.0, rope.dim):
+    other_rows = isinstance(asked.rows, int) and rope and asked.rows != rope.dim
+    if other_rows and asked.pairing == positions.pairing:
         raise UserError(f"--rope={word}: {positions.source} says that {rope.dim} rows of each head turn")
     return layer._replace(rope=rope, qk_norm=bool(norm_of(module, shapes, configs)))
 

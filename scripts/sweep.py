@@ -180,7 +180,7 @@ def finished(cell):
     """result.json of a finished cell, else None. Raises UserError where it was made with other settings."""
     path = cell.folder / "result.json"
     try:
-        result = {**BEFORE, **json.loads(path.read_text(encoding="utf-8"))}
+        result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:
@@ -192,8 +192,9 @@ def finished(cell):
         is_zero = type(value) is int and value == 0
         free = name in FREE_ON_RESUME or (name in SHAPE and (cell.from_checkpoint or is_zero))
         free = free or (name == "min_lr" and value == TENTH)
-        if not free and result.get(name) != value:
-            differ.append(f"{name} was {result.get(name)}, is {value}")
+        was = result.get(name, BEFORE.get(name))
+        if not free and was != value:
+            differ.append(f"{name} was {was}, is {value}")
     if differ:
         advice = "--out_dir goes elsewhere, or delete that folder"
         raise UserError(f"{path} is of another run: {'; '.join(differ)}; {advice}")

@@ -414,7 +414,8 @@ def test_unknown_positions_are_asked_for(tmp_path, run):
         with pytest.raises(UserError, match=refusal):
             run(tmp_path / "a", rope=word)
     hugging_face(tmp_path / "b", "Llama")
-    contradictions = {"none": "says half", "half:4": "says that 8 rows of each head turn"}
+    contradictions = {"none": "says half", "half:4": "says that 8 rows of each head turn",
+                      "half:1": "says that 8 rows of each head turn"}
     for word, answer in contradictions.items():
         with pytest.raises(UserError, match=f"--rope={word}: config.json: model_type llama {answer}"):
             run(tmp_path / "b", rope=word)

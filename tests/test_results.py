@@ -30,6 +30,12 @@ def numbers(text):
     return [float(x.replace("−", "-")) for x in re.findall(r"[-−+]?\d+(?:\.\d+)?", text.replace("**", ""))]
 
 
+def check_line(line, expected):
+    """The numbers in a line of a table against [(value, digits after the point)]."""
+    for x, (value, digits) in zip(numbers(line), expected, strict=True):
+        assert abs(x - value) <= 0.5001 * 10**-digits, (line, x, value)
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPO)))
 def test_what_is_linked_is_there(path):
     text = path.read_text(encoding="utf-8")
@@ -221,12 +227,6 @@ def test_pile_budget():
         check_line(line, expected)
 
 
-def check_line(line, expected):
-    """The numbers in a line of a table against [(value, digits after the point)]."""
-    for x, (value, digits) in zip(numbers(line), expected, strict=True):
-        assert abs(x - value) <= 0.5001 * 10**-digits, (line, x, value)
-
-
 def test_modern_attention():
     """Every number of the table: means over seeds, and differences with their intervals."""
     measures = {(row["kind"], float(row["attn_wd"]), row["measure"]): row
@@ -251,10 +251,7 @@ def test_modern_attention():
         if "QK-norm" not in kind:
             expected += [(value(f"{gap}_{qk}"), 3), (value(f"{gap}_gaussian_{qk}"), 3)]
         expected.append((value("gap_ov_stacked" if "grouped" in kind else "gap_ov"), 3))
-        stated = numbers(line)
-        assert len(stated) == len(expected)
-        for x, (mean, digits) in zip(stated, expected):
-            assert abs(x - mean) <= 0.5001 * 10**-digits, (kind, wd, x, mean)
+        check_line(line, expected)
 
 
 def test_balance_of_a_transformer():

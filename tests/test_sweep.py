@@ -251,7 +251,7 @@ def test_dry_run(tmp_path):
 
 
 def test_dry_run_into_head_is_silent():
-    grid = "seed=" + ",".join(map(str, range(500)))  # more than a pipe holds
+    grid = "seed=" + ",".join(map(str, range(2000)))  # more than a pipe holds
     line = f"{shlex.quote(sys.executable)} -m scripts.sweep '--grid={grid}' --dry_run | head -1"
     done = subprocess.run(["bash", "-c", line], cwd=REPO, env=environment(), capture_output=True, text=True)
     assert done.stdout.startswith("python train_lm.py") and done.stderr == ""
@@ -396,6 +396,17 @@ def test_failed_cell_shows_in_figures_not_as_a_number(swept, tmp_path):
     for path in (*expected, "wd_grid.pdf"):
         assert (tmp_path / path).stat().st_size > 5000
 
+    # where all runs without decay failed there is nothing to compare, and the others are drawn
+    for name in ("sweep.csv", "curves.csv"):
+        whole = (swept[0] / name).read_text().splitlines()
+        others = [line for line in whole if "attn_wd=0" not in line]
+        (tmp_path / name).write_text("\n".join(others) + "\n")
+    failed = '"attn_wd=0,mlp_wd=1,seed=1",failed,0.0,1.0,1' + "," * (len(names) - 5)
+    with open(tmp_path / "sweep.csv", "a") as file:
+        file.write(failed + "\n")
+    drawn = [os.path.basename(path) for path in sweep_figures.sweep(str(tmp_path))]
+    assert "over_training.png" in drawn and "difference_over_training.png" not in drawn
+
     (tmp_path / "sweep.csv").write_text("\n".join([lines[0], missing]) + "\n")
     assert sweep_figures.sweep(str(tmp_path)) == []
     drawn, left = figures.everything(str(tmp_path))
@@ -413,6 +424,10 @@ def test_differences_of_loss_are_paired_over_seeds(tmp_path):
 
     (tmp_path / "curves.csv").write_text("\n".join(line for line in lines if "attn_wd=0" not in line) + "\n")
     with pytest.raises(UserError, match="lack attn_wd=0"):
+        sweep_figures.loss_differences(str(tmp_path))
+    others = [line for line in lines if "attn_wd=4,seed=1" not in line]  # no seed is in both
+    (tmp_path / "curves.csv").write_text("\n".join(others) + "\n")
+    with pytest.raises(UserError, match="or another to compare it with"):
         sweep_figures.loss_differences(str(tmp_path))
 
 

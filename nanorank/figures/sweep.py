@@ -3,6 +3,7 @@ Figures of a grid of runs: rank and perplexity against weight decay, norm growth
 
 Each returns the path of its PNG, which lies beside what it was drawn from.
 """
+import contextlib
 import os
 import pathlib
 import re
@@ -216,8 +217,6 @@ def over_training(folder):
     A row of panels for each combination of what else the grid varies.
     """
     curves = read_curves(folder)
-    curves["wd"] = curves["cell"].map(lambda name: attn_wd_of(name, folder))
-    curves["rest"] = curves["cell"].map(rest_of(curves["cell"].unique(), ["attn_wd"]))
     curves["val_ppl"] = np.exp(curves["val_loss"])
     groups = curves["rest"].unique()[:MOST_RUNS]
     wds = sorted(curves["wd"].unique())
@@ -286,31 +285,38 @@ def loss_differences(folder):
 
     Its index is (rest, seed, step), where rest is what else the grid varies, as text.
     """
-    curves = read_curves(folder).dropna(subset="val_loss")
-    curves["wd"] = curves["cell"].map(lambda name: attn_wd_of(name, folder))
+    curves = read_curves(folder)
     curves["seed"] = curves["cell"].map(lambda name: varied(name).get("seed", ""))
-    curves["rest"] = curves["cell"].map(rest_of(curves["cell"].unique(), ["attn_wd"]))
-    curves = curves[curves["step"] > 0]  # where all runs of a seed are the same
-    losses = curves.pivot(index=["rest", "seed", "step"], columns="wd", values="val_loss")
-    if 0 not in losses or losses.shape[1] < 2:
+    curves = curves[curves["step"] > 0]  # at step 0 all runs of a seed are the same
+    losses = curves.pivot_table("val_loss", ["rest", "seed", "step"], "wd")
+    differences = pd.DataFrame()
+    if 0 in losses:
+        differences = -losses.drop(columns=0).sub(losses[0], axis=0).dropna(how="all")
+    if differences.empty:
         raise UserError(f"{folder}: the runs lack attn_wd=0, or another to compare it with")
-    differences = -losses.drop(columns=0).sub(losses[0], axis=0).dropna(how="all")
     return differences.reindex(curves["rest"].unique(), level="rest")  # in the grid's order
 
 
 def read_curves(folder):
-    """Ranks and validation over training, from curves.csv or log.jsonl files; a run is a `cell`."""
+    """Ranks and validation over training, from curves.csv or log.jsonl files; a run is a `cell`.
+
+    wd is its attn_wd, rest what else the grid varies, as text.
+    """
     columns = ["cell", "step", "attn_rank95_qk", "attn_rank95_ov", "val_loss"]
     path = os.path.join(folder, "curves.csv")
     if os.path.exists(path):
-        return read_csv(path, columns)
-    logs = sorted(pathlib.Path(folder).glob("*/log.jsonl"))
-    if not logs:
-        raise UserError(f"{folder}: no curves.csv and no run (*/log.jsonl) in it")
-    curves = pd.concat(pd.read_json(log, lines=True).assign(cell=log.parent.name) for log in logs)
-    for name in columns:
-        if name not in curves:
-            raise UserError(f"{folder}: no {name} in the runs' log.jsonl")
+        curves = read_csv(path, columns)
+    else:
+        logs = sorted(pathlib.Path(folder).glob("*/log.jsonl"))
+        if not logs:
+            raise UserError(f"{folder}: no curves.csv and no run (*/log.jsonl) in it")
+        curves = pd.concat(pd.read_json(log, lines=True).assign(cell=log.parent.name) for log in logs)
+        for name in columns:
+            if name not in curves:
+                raise UserError(f"{folder}: no {name} in the runs' log.jsonl")
+
+    curves["wd"] = curves["cell"].map(lambda name: attn_wd_of(name, folder))
+    curves["rest"] = curves["cell"].map(rest_of(curves["cell"].unique(), ["attn_wd"]))
     return curves
 
 
@@ -331,6 +337,6 @@ def sweep(folder):
         drawn.append(norm_growth(path))
     elif "attn_wd" in varies:
         drawn += [rank_by_layer(path), mean_rank(path), over_training(folder)]
-        if 0 in table["attn_wd"].to_list():
+        with contextlib.suppress(UserError):  # no pair of runs that differ in attn_wd alone has ended
             drawn.append(difference_over_training(folder))
     return drawn
