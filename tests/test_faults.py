@@ -73,7 +73,7 @@ def test_killed_and_on_a_full_disk_at_random_moments(tmp_path):
     probe = "mount -t tmpfs -o size=1m probe /mnt && umount /mnt"
     mounts = run(*UNSHARE, "bash", "-c", probe).returncode == 0
     disk = ["disk"] if mounts else []
-    n = trials(tmp_path, "train_lm", "prepare_pile", "prepare_imagenet", *disk, "--kills=2")
+    n = trials(tmp_path, "train_lm", "prepare_pile", "prepare_imagenet", *disk, "--kills=1")
     assert n == (7 if mounts else 3)
     if not mounts:
         pytest.skip("kills are survived; the full disk needs a tmpfs, and none can be mounted here")
@@ -81,7 +81,7 @@ def test_killed_and_on_a_full_disk_at_random_moments(tmp_path):
 
 @pytest.mark.slow
 def test_vit_sweep_signals_and_torchrun(tmp_path):
-    assert trials(tmp_path, "train_vit", "sweep", "saves", "signals", "torchrun", "--kills=2") == 11
+    assert trials(tmp_path, "train_vit", "sweep", "saves", "signals", "torchrun", "--kills=1") == 11
 
 
 # ---------------------------------------------------------- one run in a folder

@@ -137,6 +137,7 @@ def test_pairs_with_a_chosen_cell(swept, tmp_path, data_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("swept")  # CI makes the runs once
 def test_skipped_resumed_failed(swept, tmp_path, data_dir):
     """Four cells: finished, killed before its end, killed before its first checkpoint, damaged.
 
@@ -380,6 +381,7 @@ def test_table_in_markdown():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("swept")  # CI makes the runs once
 def test_failed_cell_shows_in_figures_not_as_a_number(swept, tmp_path):
     """All figures of a sweep with missing runs; and a CSV without a finished one is none."""
     for name in ("sweep.csv", "curves.csv"):
