@@ -10,6 +10,7 @@ import torch
 from conftest import REPO
 
 from nanorank.factorised import measured_rate
+from nanorank.sweep_tables import interval
 
 FOLDERS = sorted(path.parent.name for path in REPO.glob("results/*/README.md"))
 DOCUMENTS = [REPO / "README.md", REPO / "RESULTS.md", *sorted(REPO.glob("docs/*.md"))]
@@ -225,6 +226,34 @@ def test_pile_budget():
         for name in ("attn_rank95_qk", "attn_rank95_ov"):
             expected += [(without[name].mean(), 1), (coupled[name].mean(), 1)]
         check_line(line, expected)
+
+
+def test_pile_qk_vp():
+    """A line a half: means over seeds of perplexity, ranks and gaps, and the difference to no decay."""
+    runs = pd.read_csv(REPO / "results/pile_qk_vp/sweep.csv")
+    pairs = {(float(row["attn_wd"]), float(row["qk_wd"])): row for row in rows("pile_qk_vp/paired.csv")}
+    lines = re.findall(r"^\| (?:0|1\.5) \| (?:0|1\.5) \|.*$", read("results/pile_qk_vp/README.md"), re.M)
+    halves = [(0, -1), (0, 1.5), (1.5, 0), (1.5, -1)]
+    assert len(lines) == len(halves)
+    for line, (attn, qk) in zip(lines, halves, strict=True):
+        own = runs[(runs["attn_wd"] == attn) & (runs["qk_wd"] == qk)]
+        ppl = own["test_ppl"]
+        assert len(ppl) == 3
+        expected = [(attn if qk == -1 else qk, 9), (attn, 9), (ppl.mean(), 3), (ppl.std(), 3)]
+        if (attn, qk) in pairs:
+            expected += [(float(pairs[attn, qk][name]), 3) for name in ("difference", "low", "high")]
+        for name, digits in (("rank95", 1), ("gap", 3)):
+            expected += [(own[f"attn_{name}_{product}"].mean(), digits) for product in ("qk", "ov")]
+        check_line(line, expected)
+
+    text = read("results/pile_qk_vp/README.md").replace("\n", " ")
+    to_qk = {(float(row["attn_wd"]), float(row["qk_wd"])): row for row in rows("pile_qk_vp/paired_qk.csv")}
+    mean, low, high = (float(to_qk[1.5, 0][name]) for name in ("difference", "low", "high"))
+    assert f"by {mean:.3f} ({low:.3f} to {high:.3f})".replace("-", "−") in text
+    none, qk, vp, both = (runs.pivot(index="seed", columns=["attn_wd", "qk_wd"], values="test_ppl")[at]
+                          for at in halves)
+    mean, _, low, high = interval(qk + vp - both - none)
+    assert f"by {mean:.3f} ({low:.3f} to {high:.3f}" in text
 
 
 def test_modern_attention():
