@@ -258,49 +258,54 @@ def over_training(folder):
 def difference_over_training(folder):
     """Validation loss without decay on attention minus that with it, over training.
 
-    A panel for each combination of what else the grid varies, a line an attn_wd: the mean over seeds, paired.
-    Band: its 95 % t interval.
+    A panel for each combination of what else the grid varies, a line a decay of attention: the mean over
+    seeds, paired. Band: its 95 % t interval. Where the grid varies qk_wd, attn_wd is that of W_V and P alone.
     """
     differences = loss_differences(folder)
     groups = differences.index.unique("rest")[:MOST_RUNS]
     fig, axes = plt.subplots(1, len(groups), figsize=(0.8 + 2.9 * len(groups), 3), squeeze=False)
     for ax, group in zip(axes[0], groups):
-        for i, (wd, values) in enumerate(differences.loc[group].items()):
+        for i, ((wd, qk_wd), values) in enumerate(differences.loc[group].items()):
             steps = {step: interval(seeds) for step, seeds in values.dropna().groupby("step")}
             if steps:
                 mean, _, low, high = zip(*steps.values())
-                ax.plot(list(steps), mean, markersize=3, linewidth=1.2, label=f"{wd:g}", **look(i))
+                label = f"{wd:g}" if qk_wd == wd else f"{wd:g}, qk_wd={qk_wd:g}"
+                ax.plot(list(steps), mean, markersize=3, linewidth=1.2, label=label, **look(i))
                 ax.fill_between(list(steps), low, high, color=look(i)["color"], alpha=0.2, linewidth=0)
         ax.axhline(0, color="0.5", linewidth=0.8)
         ax.set_title(group.replace(", ", ",\n"))
         ax.set_xlabel("step")
         ax.legend(title="attn_wd", fontsize=8)
-    axes[0, 0].set_ylabel("val loss (nats),\nattn_wd = 0 minus others")
+    axes[0, 0].set_ylabel("val loss (nats),\nno decay minus others")
     fig.supxlabel("below zero: no decay on attention is better\nbands: 95 % t intervals", fontsize=8)
     return style.write(fig, folder, "difference_over_training", dpi=110)
 
 
 def loss_differences(folder):
-    """A DataFrame with a column an attn_wd > 0: the same seed's val_loss at attn_wd 0 minus the one there.
+    """A DataFrame with a column a decay of attention: the same seed's val_loss without it minus that with it.
 
-    Its index is (rest, seed, step), where rest is what else the grid varies, as text.
+    Columns are (attn_wd, qk_wd), the decay of W_V and P and that of W_Q and W_K. The index is (rest, seed,
+    step), where rest is what else the grid varies, as text.
     """
-    curves = read_curves(folder)
-    curves["seed"] = curves["cell"].map(lambda name: varied(name).get("seed", ""))
+    curves = read_curves(folder, ["attn_wd", "qk_wd"])
+    settings = curves["cell"].map(varied)
+    curves["seed"] = [run.get("seed", "") for run in settings]
+    qk_wd = np.array([float(run.get("qk_wd", -1)) for run in settings])
+    curves["qk_wd"] = np.where(qk_wd < 0, curves["wd"], qk_wd)  # -1: as attn_wd
     curves = curves[curves["step"] > 0]  # at step 0 all runs of a seed are the same
-    losses = curves.pivot_table("val_loss", ["rest", "seed", "step"], "wd")
+    losses = curves.pivot_table("val_loss", ["rest", "seed", "step"], ["wd", "qk_wd"])
     differences = pd.DataFrame()
-    if 0 in losses:
-        differences = -losses.drop(columns=0).sub(losses[0], axis=0).dropna(how="all")
+    if (0, 0) in losses:
+        differences = -losses.drop(columns=(0, 0)).sub(losses[0, 0], axis=0).dropna(how="all")
     if differences.empty:
         raise UserError(f"{folder}: the runs lack attn_wd=0, or another to compare it with")
     return differences.reindex(curves["rest"].unique(), level="rest")  # in the grid's order
 
 
-def read_curves(folder):
+def read_curves(folder, given=("attn_wd",)):
     """Ranks and validation over training, from curves.csv or log.jsonl files; a run is a `cell`.
 
-    wd is its attn_wd, rest what else the grid varies, as text.
+    wd is its attn_wd, rest what else the grid varies beside `given`, as text.
     """
     columns = ["cell", "step", "attn_rank95_qk", "attn_rank95_ov", "val_loss"]
     path = os.path.join(folder, "curves.csv")
@@ -316,7 +321,7 @@ def read_curves(folder):
                 raise UserError(f"{folder}: no {name} in the runs' log.jsonl")
 
     curves["wd"] = curves["cell"].map(lambda name: attn_wd_of(name, folder))
-    curves["rest"] = curves["cell"].map(rest_of(curves["cell"].unique(), ["attn_wd"]))
+    curves["rest"] = curves["cell"].map(rest_of(curves["cell"].unique(), list(given)))
     return curves
 
 
