@@ -422,7 +422,7 @@ def test_differences_of_loss_are_paired_over_seeds(tmp_path):
         lines += [f'"{cell}",0,1,1,5', f'"{cell}",10,1,1,', f'"{cell}",20,1,1,{loss}']
     (tmp_path / "curves.csv").write_text("\n".join(lines) + "\n")
     differences = sweep_figures.loss_differences(str(tmp_path))
-    assert differences.to_dict() == {(4.0, 4.0): {("", "1", 20): -1.0}}
+    assert differences.to_dict() == {(4.0,): {("", "1", 20): -1.0}}
 
     (tmp_path / "curves.csv").write_text("\n".join(line for line in lines if "attn_wd=0" not in line) + "\n")
     with pytest.raises(UserError, match="lack attn_wd=0"):
@@ -434,13 +434,20 @@ def test_differences_of_loss_are_paired_over_seeds(tmp_path):
 
 
 def test_differences_of_loss_where_qk_wd_varies(tmp_path):
-    """All are compared with the run whose attention has no decay, and qk_wd=-1 is attn_wd's."""
-    lines = ["cell,step,attn_rank95_qk,attn_rank95_ov,val_loss"]
-    for cell, loss in (("0,qk_wd=-1", 2), ("0,qk_wd=1.5", 3), ("1.5,qk_wd=0", 4), ("1.5,qk_wd=-1", 6)):
-        lines.append(f'"seed=1,attn_wd={cell}",20,1,1,{loss}')
-    (tmp_path / "curves.csv").write_text("\n".join(lines) + "\n")
-    differences = sweep_figures.loss_differences(str(tmp_path))
-    assert differences.loc["", "1", 20].to_dict() == {(0, 1.5): -1, (1.5, 0): -2, (1.5, 1.5): -4}
+    """All are compared with the run whose attention has no decay, where there is one; -1 is attn_wd's."""
+    def differences(*runs):
+        lines = ["cell,step,attn_rank95_qk,attn_rank95_ov,val_loss"]
+        for cell, loss in runs:
+            lines.append(f'"seed=1,attn_wd={cell}",20,1,1,{loss}')
+        (tmp_path / "curves.csv").write_text("\n".join(lines) + "\n")
+        return sweep_figures.loss_differences(str(tmp_path)).stack(level=0, future_stack=True).dropna().to_dict()
+
+    halves = [("0,qk_wd=1.5", 3), ("1.5,qk_wd=0", 4), ("1.5,qk_wd=-1", 6)]
+    for none in ("0,qk_wd=-1", "0,qk_wd=0"):
+        found = differences((none, 2), *halves)
+        assert found == {("", "1", 20, (0, 1.5)): -1, ("", "1", 20, (1.5, 0)): -2, ("", "1", 20, (1.5, 1.5)): -4}
+    found = differences(("0,qk_wd=1", 1), ("4,qk_wd=1", 2), ("0,qk_wd=2", 5), ("4,qk_wd=2", 7))
+    assert found == {("qk_wd=1", "1", 20, (4,)): -1, ("qk_wd=2", "1", 20, (4,)): -2}
 
 
 def test_a_figure_that_does_not_exist(monkeypatch):

@@ -212,14 +212,14 @@ def text_colour(image, value):
 # ----------------------------------------------------------------- over training
 
 def over_training(folder):
-    """Threshold rank and validation against step, a line an attn_wd: mean over seeds; band: all of them.
+    """Threshold rank and validation against step, a line a decay: mean over seeds; band: all of them.
 
     A row of panels for each combination of what else the grid varies.
     """
     curves = read_curves(folder)
     curves["val_ppl"] = np.exp(curves["val_loss"])
     groups = curves["rest"].unique()[:MOST_RUNS]
-    wds = sorted(curves["wd"].unique())
+    decays = sorted(curves["decay"].unique())
     panels = {f"attn_rank95_{product}": f"rank95 of {symbol}" for product, symbol in PRODUCTS.items()}
     if "val_acc" in curves:
         panels["val_acc"] = "validation accuracy"
@@ -230,11 +230,11 @@ def over_training(folder):
     fig, axes = plt.subplots(len(groups), 3, figsize=size, sharex=True, squeeze=False)
     for line, group in zip(axes, groups):
         for ax, (name, label) in zip(line, panels.items()):
-            for i, wd in enumerate(wds):
-                own = pick(curves, rest=group, wd=wd)
+            for i, decay in enumerate(decays):
+                own = curves[(curves["rest"] == group) & (curves["decay"] == decay)]
                 steps = own.dropna(subset=name).groupby("step")[name].agg(["mean", "min", "max"])
-                colour = style.shade(i, len(wds))
-                ax.plot(steps["mean"], color=colour, linewidth=1.2, label=f"{wd:g}")
+                colour = style.shade(i, len(decays))
+                ax.plot(steps["mean"], color=colour, linewidth=1.2, label=decay_text(decay))
                 ax.fill_between(steps.index, steps["min"], steps["max"], color=colour, alpha=0.2, linewidth=0)
             if len(group) > 40:  # a line a setting
                 label += ",\n" + group.replace(", ", ",\n")
@@ -258,25 +258,26 @@ def over_training(folder):
 def difference_over_training(folder):
     """Validation loss without decay on attention minus that with it, over training.
 
-    A panel for each combination of what else the grid varies, a line a decay of attention: the mean over
-    seeds, paired. Band: its 95 % t interval. Where the grid varies qk_wd, attn_wd is that of W_V and P alone.
+    A panel for each combination of what else the grid varies, a line a decay: the mean over seeds, paired.
+    Band: its 95 % t interval.
     """
     differences = loss_differences(folder)
     groups = differences.index.unique("rest")[:MOST_RUNS]
     fig, axes = plt.subplots(1, len(groups), figsize=(0.8 + 2.9 * len(groups), 3), squeeze=False)
     for ax, group in zip(axes[0], groups):
-        for i, ((wd, qk_wd), values) in enumerate(differences.loc[group].items()):
+        for i, (decay, values) in enumerate(differences.loc[group].items()):
             steps = {step: interval(seeds) for step, seeds in values.dropna().groupby("step")}
             if steps:
                 mean, _, low, high = zip(*steps.values())
-                label = f"{wd:g}" if qk_wd == wd else f"{wd:g}, qk_wd={qk_wd:g}"
+                label = decay_text(decay)
                 ax.plot(list(steps), mean, markersize=3, linewidth=1.2, label=label, **look(i))
                 ax.fill_between(list(steps), low, high, color=look(i)["color"], alpha=0.2, linewidth=0)
         ax.axhline(0, color="0.5", linewidth=0.8)
         ax.set_title(group.replace(", ", ",\n"))
         ax.set_xlabel("step")
         ax.legend(title="attn_wd", fontsize=8)
-    axes[0, 0].set_ylabel("val loss (nats),\nno decay minus others")
+    none = "attn_wd = 0" if len(differences.columns[0]) == 1 else "no decay"
+    axes[0, 0].set_ylabel(f"val loss (nats),\n{none} minus others")
     fig.supxlabel("below zero: no decay on attention is better\nbands: 95 % t intervals", fontsize=8)
     return style.write(fig, folder, "difference_over_training", dpi=110)
 
@@ -284,28 +285,26 @@ def difference_over_training(folder):
 def loss_differences(folder):
     """A DataFrame with a column a decay of attention: the same seed's val_loss without it minus that with it.
 
-    Columns are (attn_wd, qk_wd), the decay of W_V and P and that of W_Q and W_K. The index is (rest, seed,
-    step), where rest is what else the grid varies, as text.
+    Its index is (rest, seed, step); decay and rest are those of read_curves.
     """
-    curves = read_curves(folder, ["attn_wd", "qk_wd"])
-    settings = curves["cell"].map(varied)
-    curves["seed"] = [run.get("seed", "") for run in settings]
-    qk_wd = np.array([float(run.get("qk_wd", -1)) for run in settings])
-    curves["qk_wd"] = np.where(qk_wd < 0, curves["wd"], qk_wd)  # -1: as attn_wd
+    curves = read_curves(folder)
+    curves["seed"] = curves["cell"].map(lambda name: varied(name).get("seed", ""))
     curves = curves[curves["step"] > 0]  # at step 0 all runs of a seed are the same
-    losses = curves.pivot_table("val_loss", ["rest", "seed", "step"], ["wd", "qk_wd"])
+    losses = curves.pivot_table("val_loss", ["rest", "seed", "step"], "decay")
+    none = [decay for decay in losses if set(decay) == {0}]
     differences = pd.DataFrame()
-    if (0, 0) in losses:
-        differences = -losses.drop(columns=(0, 0)).sub(losses[0, 0], axis=0).dropna(how="all")
+    if none:
+        differences = -losses.drop(columns=none).sub(losses[none[0]], axis=0).dropna(how="all")
     if differences.empty:
         raise UserError(f"{folder}: the runs lack attn_wd=0, or another to compare it with")
     return differences.reindex(curves["rest"].unique(), level="rest")  # in the grid's order
 
 
-def read_curves(folder, given=("attn_wd",)):
+def read_curves(folder):
     """Ranks and validation over training, from curves.csv or log.jsonl files; a run is a `cell`.
 
-    wd is its attn_wd, rest what else the grid varies beside `given`, as text.
+    decay is (its attn_wd,), rest what else the grid varies, as text. Where qk_wd varies too, and some run has
+    no decay on attention at all, decay is (attn_wd, qk_wd): that of W_V and P, and that of W_Q and W_K.
     """
     columns = ["cell", "step", "attn_rank95_qk", "attn_rank95_ov", "val_loss"]
     path = os.path.join(folder, "curves.csv")
@@ -320,9 +319,22 @@ def read_curves(folder, given=("attn_wd",)):
             if name not in curves:
                 raise UserError(f"{folder}: no {name} in the runs' log.jsonl")
 
-    curves["wd"] = curves["cell"].map(lambda name: attn_wd_of(name, folder))
-    curves["rest"] = curves["cell"].map(rest_of(curves["cell"].unique(), list(given)))
+    cells = curves["cell"].unique()
+    decays, given = {cell: (attn_wd_of(cell, folder),) for cell in cells}, ["attn_wd"]
+    halves = {}
+    for cell, (attn_wd,) in decays.items():
+        qk_wd = float(varied(cell).get("qk_wd", "nan"))
+        halves[cell] = (attn_wd, attn_wd if qk_wd < 0 else qk_wd)  # -1: as attn_wd
+    if (0, 0) in halves.values():
+        decays, given = halves, ["attn_wd", "qk_wd"]
+    curves["decay"] = curves["cell"].map(decays)
+    curves["rest"] = curves["cell"].map(rest_of(cells, given))
     return curves
+
+
+def decay_text(decay):
+    """0.5, or 0.5, qk_wd=0 where W_Q and W_K have a decay of their own."""
+    return ", qk_wd=".join(f"{wd:g}" for wd in decay)
 
 
 def sweep(folder):
