@@ -440,14 +440,15 @@ def test_differences_of_loss_where_qk_wd_varies(tmp_path):
         for cell, loss in runs:
             lines.append(f'"seed=1,attn_wd={cell}",20,1,1,{loss}')
         (tmp_path / "curves.csv").write_text("\n".join(lines) + "\n")
-        return sweep_figures.loss_differences(str(tmp_path)).stack(level=0, future_stack=True).dropna().to_dict()
+        table = sweep_figures.loss_differences(str(tmp_path))
+        return {(rest, decay): x for (rest, _, _), row in table.iterrows() for decay, x in row.dropna().items()}
 
     halves = [("0,qk_wd=1.5", 3), ("1.5,qk_wd=0", 4), ("1.5,qk_wd=-1", 6)]
     for none in ("0,qk_wd=-1", "0,qk_wd=0"):
         found = differences((none, 2), *halves)
-        assert found == {("", "1", 20, (0, 1.5)): -1, ("", "1", 20, (1.5, 0)): -2, ("", "1", 20, (1.5, 1.5)): -4}
+        assert found == {("", (0, 1.5)): -1, ("", (1.5, 0)): -2, ("", (1.5, 1.5)): -4}
     found = differences(("0,qk_wd=1", 1), ("4,qk_wd=1", 2), ("0,qk_wd=2", 5), ("4,qk_wd=2", 7))
-    assert found == {("qk_wd=1", "1", 20, (4,)): -1, ("qk_wd=2", "1", 20, (4,)): -2}
+    assert found == {("qk_wd=1", (4,)): -1, ("qk_wd=2", (4,)): -2}
 
 
 def test_a_figure_that_does_not_exist(monkeypatch):
