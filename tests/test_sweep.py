@@ -441,7 +441,7 @@ def test_differences_of_loss_where_qk_wd_varies(tmp_path):
             lines.append(f'"seed=1,attn_wd={cell}",20,1,1,{loss}')
         (tmp_path / "curves.csv").write_text("\n".join(lines) + "\n")
         table = sweep_figures.loss_differences(str(tmp_path))
-        return {(rest, decay): x for (rest, _, _), row in table.iterrows() for decay, x in row.dropna().items()}
+        return {(rest, decay): x for decay in table for (rest, _, _), x in table[decay].dropna().items()}
 
     halves = [("0,qk_wd=1.5", 3), ("1.5,qk_wd=0", 4), ("1.5,qk_wd=-1", 6)]
     for none in ("0,qk_wd=-1", "0,qk_wd=0"):
