@@ -256,6 +256,25 @@ def test_pile_qk_vp():
     assert f"by {mean:.3f} ({low:.3f} to {high:.3f}" in text
 
 
+def test_vit_tiny_seeds():
+    """A line a decay: means over seeds of accuracy, ranks and gaps, and the paired difference."""
+    runs = pd.read_csv(REPO / "results/vit_tiny/seeds/sweep.csv")
+    [pair] = rows("vit_tiny/seeds/paired.csv")
+    lines = re.findall(r"^\| [06] \|.*±.*$", read("results/vit_tiny/README.md"), re.M)
+    cells = list(runs.groupby("attn_wd"))
+    assert len(lines) == len(cells) == 2
+    for line, (wd, own) in zip(lines, cells, strict=True):
+        accuracy = 100 * own["test_acc"]
+        assert len(accuracy) == 3
+        expected = [(wd, 9), (own["decay_time_constants"].mean(), 2)]
+        expected += [(accuracy.mean(), 1), (accuracy.std(), 1)]
+        if wd == 0:
+            expected += [(100 * float(pair[name]), 1) for name in ("difference", "low", "high")]
+        for name, digits in (("rank95", 1), ("stable_rank", 1), ("gap", 3)):
+            expected += [(own[f"attn_{name}_{product}"].mean(), digits) for product in ("qk", "ov")]
+        check_line(line, expected)
+
+
 def test_modern_attention():
     """Every number of the table: means over seeds, and differences with their intervals."""
     measures = {(row["kind"], float(row["attn_wd"]), row["measure"]): row

@@ -4,6 +4,8 @@ Decay on attention alone for a Vision Transformer on 20 classes of Tiny ImageNet
     python -m scripts.prepare_imagenet --source=tiny_imagenet_20.tar --short_side=64 \
         --dataset=tiny_imagenet_20
     python -m scripts.sweep config/sweep/vit_tiny.py --jobs=2
+
+A run takes 13 minutes on one core.
 """
 trainer = "train_vit.py"
 configs = "config/vit_tiny_imagenet.py"
