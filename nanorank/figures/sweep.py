@@ -48,17 +48,38 @@ def rest_of(names, given, always=()):
         texts[name] = ", ".join(f"{setting}={value}" for setting, value in run.dropna().items())
     return texts
 
+
+def decays_of(names, path):
+    """({run's name: decay of its attention}, {run's name: what else varies, as text}).
+
+    A decay is (attn_wd,). Where qk_wd varies too, and some run has no decay on attention at all, it is
+    (attn_wd, qk_wd): that of W_V and P, and that of W_Q and W_K.
+    """
+    decays = {name: (attn_wd_of(name, path),) for name in names}
+    halves = {}
+    for name, (attn_wd,) in decays.items():
+        qk_wd = float(varied(name).get("qk_wd", "nan"))
+        halves[name] = (attn_wd, attn_wd if qk_wd < 0 else qk_wd)  # -1: as attn_wd
+    if (0, 0) in halves.values():
+        return halves, rest_of(names, ["attn_wd", "qk_wd"])
+    return decays, rest_of(names, ["attn_wd"])
+
+
+def decay_text(decay):
+    """0.5, or 0.5, qk_wd=0 where W_Q and W_K have a decay of their own."""
+    return ", qk_wd=".join(f"{wd:g}" for wd in decay)
+
 # --------------------------------------------------------------- rank at the end
 
 def rank_points(path):
-    """Ranks at the end: (table of wd, rest, layer, place, product, rank; what a row is; heads' width)."""
+    """Ranks at the end: (table of decay, rest, layer, place, product, rank; what a row is; heads' width)."""
     table = read_csv(path)
     if "cell" not in table:
         table = style.last_rows(style.read_runs(path, HEAD_COLUMNS))
         table["rank"] = table[style.rank_column(path, table)]
         folders = table["checkpoint"].map(run_of)
-        table["wd"] = folders.map(lambda name: attn_wd_of(name, path))
-        table["rest"] = folders.map(rest_of(folders.unique(), ["attn_wd"]))
+        decays, rest = decays_of(folders.unique(), path)
+        table["decay"], table["rest"] = folders.map(decays), folders.map(rest)
         return table, "head", table["d_head"].max()
 
     table = table[table["status"] == "done"]
@@ -66,10 +87,11 @@ def rank_points(path):
     if table.empty or not columns or "attn_wd" not in table:
         raise UserError(f"{path}: no run is done that has ranks and an attn_wd")
     d_head = table["n_embd"].iloc[0] // table["n_head"].iloc[0]
-    table = table.melt(["cell", "attn_wd"], columns, value_name="rank").rename(columns={"attn_wd": "wd"})
+    table = table.melt("cell", columns, value_name="rank")
     table[["place", "product"]] = table["variable"].str.extract(r"layer(\d+)_rank95_(\w+)")
     table["layer"] = table["place"].astype(int)
-    table["rest"] = table["cell"].map(rest_of(table["cell"].unique(), ["attn_wd"]))
+    decays, rest = decays_of(table["cell"].unique(), path)
+    table["decay"], table["rest"] = table["cell"].map(decays), table["cell"].map(rest)
     return table, "layer (mean over its heads) of every run", int(d_head)
 
 
@@ -79,7 +101,7 @@ def rank_by_layer(path):
     by = ["stack", "layer"] if "stack" in points else ["layer"]
     places = points.sort_values(by)["place"].unique()
     places = places[np.unique(np.linspace(0, len(places) - 1, 4).round().astype(int))]
-    wds = sorted(points["wd"].unique())
+    decays = sorted(points["decay"].unique())
     groups = list(points["rest"].unique())
 
     size = (max(4, 0.8 + 2.3 * len(places)), 5.2)
@@ -89,40 +111,41 @@ def rank_by_layer(path):
             for i, group in enumerate(groups):
                 own = pick(points, product=product, place=place, rest=group)
                 beside = 0.6 * ((i + 0.5) / len(groups) - 0.5)  # groups stand side by side
-                x = own["wd"].map(wds.index) + beside
+                x = own["decay"].map(decays.index) + beside
                 ax.scatter(x, own["rank"], s=14, alpha=0.6, linewidth=0, **look(i))
                 mean = own["rank"].groupby(x).mean()
                 ax.plot(mean, linewidth=1, color=look(i)["color"], label=group)
             ax.set_title(f"{symbol}, layer {place}")
     fig.supxlabel(f"dots: each {dot}; lines: their mean", fontsize=8)
-    label_ranks(fig, axes, wds, groups, d_head)
+    label_ranks(fig, axes, decays, groups, d_head)
     return style.write(fig, path, "rank_by_layer")
 
 
 def mean_rank(path):
     """Threshold rank at the end against attn_wd, mean over all heads and layers; band: the middle half."""
     points, dot, d_head = rank_points(path)
-    wds = sorted(points["wd"].unique())
+    decays = sorted(points["decay"].unique())
     groups = list(points["rest"].unique())
 
     fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.2), sharey=True, squeeze=False)
     for ax, (product, symbol) in zip(axes[0], PRODUCTS.items()):
         for i, group in enumerate(groups):
             own = pick(points, product=product, rest=group)
-            ranks = own["rank"].groupby(own["wd"].map(wds.index))
+            ranks = own["rank"].groupby(own["decay"].map(decays.index))
             band = ranks.quantile([0.25, 0.75]).unstack()
             colour = look(i)["color"]
             ax.plot(ranks.mean(), markersize=4, label=group, **look(i))
             ax.fill_between(band.index, band[0.25], band[0.75], color=colour, alpha=0.15, linewidth=0)
         ax.set_title(symbol)
     fig.supxlabel(f"lines: mean over heads and layers; bands: the middle half, of every {dot}", fontsize=8)
-    label_ranks(fig, axes, wds, groups, d_head)
+    label_ranks(fig, axes, decays, groups, d_head)
     return style.write(fig, path, "mean_rank")
 
 
-def label_ranks(fig, axes, wds, groups, d_head):
+def label_ranks(fig, axes, decays, groups, d_head):
+    ticks = [decay_text(decay).replace(", ", ",\n").replace("=", "\n= ") for decay in decays]
     for ax in axes[-1]:
-        ax.set_xticks(range(len(wds)), [f"{wd:g}" for wd in wds])
+        ax.set_xticks(range(len(decays)), ticks)
         ax.set_xlabel("attn_wd")
     for ax in axes[:, 0]:
         ax.set_ylabel(f"rank95 (heads of width {d_head})")
@@ -303,8 +326,7 @@ def loss_differences(folder):
 def read_curves(folder):
     """Ranks and validation over training, from curves.csv or log.jsonl files; a run is a `cell`.
 
-    decay is (its attn_wd,), rest what else the grid varies, as text. Where qk_wd varies too, and some run has
-    no decay on attention at all, decay is (attn_wd, qk_wd): that of W_V and P, and that of W_Q and W_K.
+    Its decay and what else the grid varies, rest, are those of decays_of.
     """
     columns = ["cell", "step", "attn_rank95_qk", "attn_rank95_ov", "val_loss"]
     path = os.path.join(folder, "curves.csv")
@@ -319,22 +341,9 @@ def read_curves(folder):
             if name not in curves:
                 raise UserError(f"{folder}: no {name} in the runs' log.jsonl")
 
-    cells = curves["cell"].unique()
-    decays, given = {cell: (attn_wd_of(cell, folder),) for cell in cells}, ["attn_wd"]
-    halves = {}
-    for cell, (attn_wd,) in decays.items():
-        qk_wd = float(varied(cell).get("qk_wd", "nan"))
-        halves[cell] = (attn_wd, attn_wd if qk_wd < 0 else qk_wd)  # -1: as attn_wd
-    if (0, 0) in halves.values():
-        decays, given = halves, ["attn_wd", "qk_wd"]
-    curves["decay"] = curves["cell"].map(decays)
-    curves["rest"] = curves["cell"].map(rest_of(cells, given))
+    decays, rest = decays_of(curves["cell"].unique(), folder)
+    curves["decay"], curves["rest"] = curves["cell"].map(decays), curves["cell"].map(rest)
     return curves
-
-
-def decay_text(decay):
-    """0.5, or 0.5, qk_wd=0 where W_Q and W_K have a decay of their own."""
-    return ", qk_wd=".join(f"{wd:g}" for wd in decay)
 
 
 def sweep(folder):
