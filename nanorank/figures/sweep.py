@@ -49,20 +49,21 @@ def rest_of(names, given, always=()):
     return texts
 
 
-def decays_of(names, path):
-    """({run's name: decay of its attention}, {run's name: what else varies, as text}).
+def decays_of(runs, path):
+    """(decay of attention, what else varies, as text) of each run in a column of names: two columns.
 
     A decay is (attn_wd,). Where qk_wd varies too, and some run has no decay on attention at all, it is
     (attn_wd, qk_wd): that of W_V and P, and that of W_Q and W_K.
     """
+    names, given = runs.unique(), ["attn_wd"]
     decays = {name: (attn_wd_of(name, path),) for name in names}
     halves = {}
     for name, (attn_wd,) in decays.items():
         qk_wd = float(varied(name).get("qk_wd", "nan"))
         halves[name] = (attn_wd, attn_wd if qk_wd < 0 else qk_wd)  # -1: as attn_wd
     if (0, 0) in halves.values():
-        return halves, rest_of(names, ["attn_wd", "qk_wd"])
-    return decays, rest_of(names, ["attn_wd"])
+        decays, given = halves, ["attn_wd", "qk_wd"]
+    return runs.map(decays), runs.map(rest_of(names, given))
 
 
 def decay_text(decay):
@@ -77,9 +78,7 @@ def rank_points(path):
     if "cell" not in table:
         table = style.last_rows(style.read_runs(path, HEAD_COLUMNS))
         table["rank"] = table[style.rank_column(path, table)]
-        folders = table["checkpoint"].map(run_of)
-        decays, rest = decays_of(folders.unique(), path)
-        table["decay"], table["rest"] = folders.map(decays), folders.map(rest)
+        table["decay"], table["rest"] = decays_of(table["checkpoint"].map(run_of), path)
         return table, "head", table["d_head"].max()
 
     table = table[table["status"] == "done"]
@@ -90,8 +89,7 @@ def rank_points(path):
     table = table.melt("cell", columns, value_name="rank")
     table[["place", "product"]] = table["variable"].str.extract(r"layer(\d+)_rank95_(\w+)")
     table["layer"] = table["place"].astype(int)
-    decays, rest = decays_of(table["cell"].unique(), path)
-    table["decay"], table["rest"] = table["cell"].map(decays), table["cell"].map(rest)
+    table["decay"], table["rest"] = decays_of(table["cell"], path)
     return table, "layer (mean over its heads) of every run", int(d_head)
 
 
@@ -254,7 +252,7 @@ def over_training(folder):
     for line, group in zip(axes, groups):
         for ax, (name, label) in zip(line, panels.items()):
             for i, decay in enumerate(decays):
-                own = curves[(curves["rest"] == group) & (curves["decay"] == decay)]
+                own = pick(curves, rest=group, decay=decay)
                 steps = own.dropna(subset=name).groupby("step")[name].agg(["mean", "min", "max"])
                 colour = style.shade(i, len(decays))
                 ax.plot(steps["mean"], color=colour, linewidth=1.2, label=decay_text(decay))
@@ -341,8 +339,7 @@ def read_curves(folder):
             if name not in curves:
                 raise UserError(f"{folder}: no {name} in the runs' log.jsonl")
 
-    decays, rest = decays_of(curves["cell"].unique(), folder)
-    curves["decay"], curves["rest"] = curves["cell"].map(decays), curves["cell"].map(rest)
+    curves["decay"], curves["rest"] = decays_of(curves["cell"], folder)
     return curves
 
 
